@@ -1,0 +1,42 @@
+"""What torch.compile does with MXFP8 operators: recognise, fold, lower, report.
+
+Three ways in: ``torch.compile(m, backend="mxfp8")``, ``torch.compile(m, options=lowering.options())``, and
+``lowering.enable()`` for every plain ``torch.compile(m)`` of the process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import compat, frozen, passes, report, store
+from .backend import Options
+from .switch import disable, enable
+
+__all__ = ["Options", "disable", "enable", "options", "refresh", "report"]
+
+
+def options(dequant_at_load: bool | None = None, **inductor: Any) -> dict[str, Any]:
+    """Options for ``torch.compile(m, options=lowering.options())``: Inductor's own backend with our passes.
+
+    They recognise ``F.linear(x, dequant(w, s))``, lower dequant to one loop, and with the flag on fold what
+    Inductor's freezing makes constant. (Folding without freezing needs the backend, or ``enable()``.)
+
+    Args:
+        dequant_at_load: beats ``MXFP8_DEQUANT_AT_LOAD`` unless None.
+        inductor: further options of Inductor; passes of yours in our two slots run before ours.
+    """
+    checked = Options(dequant_at_load)
+    patches = {**compat.run_pre_grad_on_every_compile(), **inductor}
+    patches = passes.install(patches, compat.PRE_GRAD, passes.RecognisePass(checked.dequant_at_load))
+    return passes.install(patches, compat.POST_GRAD, passes.LowerPass(checked.dequant_at_load))
+
+
+def refresh(model: nn.Module) -> None:
+    """Tells compiled graphs that weights of ``model`` changed in a way that leaves no trace, such as
+    ``weight.data.copy_(...)``: folded values are made again at the next call.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    store.expire(tensors)
+    frozen.expire(tensors)

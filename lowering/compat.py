@@ -1,0 +1,155 @@
+"""Every private torch API the lowering stands on, each behind one function that says which versions have
+which form. Read against torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+PRE_GRAD = "pre_grad_custom_pass"
+POST_GRAD = "post_grad_custom_post_pass"
+
+Inductor = Callable[..., Callable[..., Any]]
+
+
+# --- Inductor's pass slots -------------------------------------------------------------------------------
+
+
+class _Chain(CustomGraphPass):
+    """Several passes in a slot that holds one (torch 2.11)."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """None, which turns caching off, as soon as one pass has no identity of its own."""
+        ids = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in ids else tuple(ids)
+
+
+def passes_in(slot: object) -> tuple[Any, ...]:
+    """The passes a slot's value stands for: none, one, a chain or (torch >= 2.13) a list."""
+    if slot is None:
+        return ()
+    if isinstance(slot, _Chain):
+        return slot.passes
+    return tuple(slot) if isinstance(slot, (list, tuple)) else (slot,)
+
+
+def as_slot(passes: Sequence[Any]) -> Any:
+    """The value of a slot that runs ``passes`` in order: a list where the slot takes one (torch >= 2.13)."""
+    if hasattr(custom_graph_pass, "get_custom_graph_passes"):
+        return list(passes)
+    return passes[0] if len(passes) == 1 else _Chain(passes)
+
+
+def current_passes(slot_name: str) -> tuple[Any, ...]:
+    """The passes Inductor's configuration holds in a slot right now."""
+    return passes_in(getattr(torch._inductor.config, slot_name))
+
+
+def run_pre_grad_on_every_compile() -> dict[str, Any]:
+    """Options that make pre-grad passes run before the cache look-up, so that they see cached graphs too.
+    torch 2.11 always does so.
+    """
+    return {"pre_grad_pass_timing": "early"} if hasattr(torch._inductor.config, "pre_grad_pass_timing") else {}
+
+
+# --- Inductor as a backend -------------------------------------------------------------------------------
+
+
+def inductor(mode: str | None, options: dict[str, Any]) -> Inductor:
+    """What ``torch.compile`` itself calls for this mode and these options: ``(gm, inputs, config_patches=)``."""
+    wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
+    wrapper.apply_options(options)
+    return wrapper
+
+
+def compile_fx_module() -> Any:
+    """The module whose ``compile_fx`` torch's wrapper looks up at every call."""
+    import torch._inductor.compile_fx
+
+    return torch._inductor.compile_fx
+
+
+# --- what Dynamo tells of a graph's inputs ---------------------------------------------------------------
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph may be changed. Dynamo's own must not be: it reads it again after the backend.
+
+    Keeps what AOTAutograd takes from Dynamo: ``gm.meta``, ``_param_name_to_source`` and each input's
+    ``_dynamo_source``, which ``fx`` does not copy. Sub-graphs of higher-order operators are copied as well.
+    """
+    copies: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    result = graph.graph_copy(gm.graph, copies)
+    output = graph.output(result)
+    output.meta.update(gm.graph.output_node().meta)
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    for name, value in gm.__dict__.items():
+        copy.__dict__.setdefault(name, value)
+    copy.meta.update(gm.meta)
+    for node in graph.find_nodes(op="get_attr"):
+        sub = getattr(copy, node.target, None) if node.target.isidentifier() else None
+        if isinstance(sub, fx.GraphModule) and sub is getattr(gm, node.target):
+            setattr(copy, node.target, copy_graph_module(sub))
+    return copy
+
+
+def add_static_input(gm: fx.GraphModule, name: str, example: object) -> fx.Node:
+    """Appends a placeholder that AOTAutograd counts among the static inputs, as parameters are: CUDA graphs
+    then do not copy it. The marks are those Dynamo sets; a source of None is allowed more than once.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(placeholders[-1]):
+        node = gm.graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["example_value"] = example
+    return node
+
+
+def is_static_input(node: fx.Node) -> bool:
+    """Whether a graph input is part of the program rather than of the call: a parameter or buffer, a tensor
+    attribute of a module, a global or a closure variable. Everything else may differ at every call.
+    """
+    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+        return True
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None:
+        if type(source).__name__ == "GlobalSource" or getattr(source, "is_derefed_cell_contents", False):
+            return True
+        if "NNModule" in type(source).__name__ or str(getattr(source, "guard_source", "")).endswith("NN_MODULE"):
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def source_name(node: fx.Node) -> str:
+    """Dynamo's name of an input, such as ``L['self']._modules['fc'].weight``. A method until torch 2.11."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)
+    return source.name() if callable(source.name) else source.name
+
+
+def fake(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without data in the fake mode of the compilation under way, or itself outside of one."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return context.fake_mode.from_tensor(tensor, static_shapes=True)

@@ -1,0 +1,290 @@
+"""Fold without freezing: dequantized weights become static inputs of the graph.
+
+before: ``y = mxfp8.linear(x, weight, scale, bias)``
+after:  ``y = F.linear(x, weight_dequantized, bias)``, with ``weight_dequantized`` a new graph input
+
+before: ``w = mxfp8.dequant(weight, scale, dtype)``
+after:  the new graph input in place of ``w``
+
+Nothing is baked into the compiled artifact, so caches stay valid, graphs that share a weight share its
+dequantized value, and a weight that changes is seen at the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from . import compat, store
+from .graph import (
+    StaticView,
+    arguments,
+    is_dequant,
+    is_linear,
+    leaf_name,
+    returned_storages,
+    static_view,
+    storages,
+    sub_graphs,
+    value_of,
+    written_storages,
+)
+from .report import FOLDED, KEPT, WeightReport
+from .slots import Folded, Request, Slot
+
+
+@dataclass
+class Use:
+    """One call of ``mxfp8::linear`` or ``mxfp8::dequant`` in a graph."""
+
+    node: fx.Node
+    weight: fx.Node
+    scale: fx.Node
+    dtype: torch.dtype
+
+    @staticmethod
+    def all_in(graph: fx.Graph) -> Iterator[Use]:
+        for node in list(graph.nodes):
+            if is_linear(node):
+                _, weight, scale = arguments(node, "x", "weight", "scale")
+                yield Use(node, weight, scale, value_of(node).dtype)  # under autocast not x's dtype
+            elif is_dequant(node):
+                yield Use(node, *arguments(node, "weight", "scale", "dtype"))
+
+    def request(self) -> Request | None:
+        """The use in terms of the graph's inputs, None if its weight is computed in the graph."""
+        weight, scale = static_view(self.weight), static_view(self.scale)
+        return None if weight is None or scale is None else Request(weight, scale, self.dtype)
+
+    def replace(self, dequantized: fx.Node) -> None:
+        """Rewrites the call to one that reads ``dequantized``."""
+        graph, new = self.node.graph, dequantized
+        if is_linear(self.node):
+            x, _, _, bias = arguments(self.node, "x", "weight", "scale", "bias")
+            with graph.inserting_before(self.node):
+                new = graph.call_function(F.linear, (x, dequantized, bias))
+            new.meta = dict(self.node.meta)
+        self.node.replace_all_uses_with(new)
+        graph.erase_node(self.node)
+
+
+@dataclass
+class Level:
+    """A graph module and its callers: the sub-graph of a higher-order operator may be called many times."""
+
+    gm: fx.GraphModule
+    sites: list[Site] = field(default_factory=list)
+    added: dict[tuple[fx.Node, fx.Node, str, torch.dtype], fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.written = written_storages(self.gm.graph)
+        self.returned = returned_storages(self.gm.graph)
+        self.placeholders = self.gm.graph.find_nodes(op="placeholder")
+
+
+@dataclass
+class Site:
+    """One call of a sub-graph: the calling graph, the node, and the position of its first operand."""
+
+    caller: Level
+    node: fx.Node
+    first: int
+
+    def lift(self, called: Level, request: Request) -> Request | None:
+        """A request of the called graph in terms of the caller's inputs."""
+        weight, scale = (self._lift(called, view) for view in (request.weight, request.scale))
+        return None if weight is None or scale is None else Request(weight, scale, request.dtype)
+
+    def _lift(self, called: Level, view: StaticView) -> StaticView | None:
+        if view.leaf not in called.placeholders:
+            return None
+        operand = static_view(self.node.args[self.first + called.placeholders.index(view.leaf)])
+        return None if operand is None else view.of(operand)
+
+
+class Hoist:
+    """Plans and carries out the fold of one Dynamo graph, sub-graphs included.
+
+    Args:
+        gm: a copy of Dynamo's graph, which is changed.
+        example_inputs: what Dynamo gave the backend: real parameters, one for each placeholder.
+        keep_all: why no weight is to be folded, "" to fold those that can be.
+        release: whether to free packed weights that nothing else in the graph reads.
+
+    Attributes:
+        weights: what happened to each weight, after ``run``.
+        constants: those of them that are attributes of the graph module (as under freezing), with the
+            tensors they are made of.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], keep_all: str, release: bool) -> None:
+        self.example_inputs = list(example_inputs)
+        self.keep_all, self.release = keep_all, release
+        self.top = Level(gm)
+        self.levels = [self.top]
+        self._find_levels(self.top)
+        self.slots: list[Slot] = []
+        self.kept: dict[str, tuple[Use, Request | None, str]] = {}
+        self.weights: list[WeightReport] = []
+        self.constants: list[tuple[WeightReport, Tensor, Tensor]] = []
+
+    def run(self) -> Folded:
+        """Changes the graph, makes the dequantized weights, one at a time, and reports.
+
+        Raises:
+            ValueError: the graph would read a weight that was released.
+        """
+        for level in reversed(self.levels):
+            for use in Use.all_in(level.gm.graph):
+                self._handle(level, use)
+            _erase_unused_views(level.gm.graph)
+        kept_inputs = self._drop_folded_inputs()
+        values = self._make_values(kept_inputs)
+        self.weights += [self._report_kept(name, *why) for name, why in self.kept.items()]
+        for level in self.levels:
+            level.gm.recompile()
+        inputs = [self.example_inputs[i] for i in kept_inputs]
+        return Folded(self.top.gm, inputs + values, kept_inputs, self.slots)
+
+    def _find_levels(self, level: Level) -> None:
+        """Collects sub-graphs, callers before the called."""
+        subs: dict[str, Level] = {}
+        for node in level.gm.graph.nodes:
+            found = sub_graphs(node)
+            if found is not None:
+                attribute, first = found
+                if attribute not in subs:
+                    subs[attribute] = Level(getattr(level.gm, attribute))
+                subs[attribute].sites.append(Site(level, node, first))
+        for sub in subs.values():
+            self.levels.append(sub)
+            self._find_levels(sub)
+
+    def _handle(self, level: Level, use: Use) -> None:
+        request = use.request()
+        reason = self._why_kept(level, use, request)
+        if not reason:
+            assert request is not None
+            use.replace(self._supply(level, request))
+            return
+        for origin in self._origins(level, request):
+            name = self._name(origin) if origin else str(use.weight)
+            if origin and store.is_released(self._example(origin.weight.leaf)):
+                raise ValueError(
+                    f"{name} was released (release_quantized=True), and this graph would read it ({reason}): "
+                    "compile it with the flag on, or load the model again"
+                )
+            self.kept.setdefault(name, (use, origin, reason))
+
+    # --- may it be folded? ------------------------------------------------------------------------------
+
+    def _why_kept(self, level: Level, use: Use, request: Request | None) -> str:
+        """Why a use cannot be folded, "" if it can."""
+        if self.keep_all:
+            return self.keep_all
+        if is_dequant(use.node) and storages(use.node) & (level.written | level.returned):
+            return "the dequantized tensor leaves the graph or is written to"
+        return self._why_not_supplied(level, request)
+
+    def _why_not_supplied(self, level: Level, request: Request | None) -> str:
+        if request is None:
+            return "the weight is computed in the graph"
+        leaves = (request.weight.leaf, request.scale.leaf)
+        if any(storages(leaf) & level.written for leaf in leaves):
+            return "the graph writes to the weight or its scale"
+        if level is self.top:
+            return next(filter(None, map(self._why_not_static, leaves)), "")
+        reasons = (self._why_not_supplied(site.caller, site.lift(level, request)) for site in level.sites)
+        return next(filter(None, reasons), "")
+
+    def _why_not_static(self, leaf: fx.Node) -> str:
+        if leaf.op == "get_attr":
+            return "a constant of the graph, which only freezing folds"
+        if not compat.is_static_input(leaf):
+            return "an argument of the call, neither parameter nor buffer"
+        tensor = self._example(leaf)
+        if type(tensor) not in (Tensor, torch.nn.Parameter, store.ReleasedParameter, store.ReleasedTensor):
+            return f"a {type(tensor).__name__}, not a plain tensor with data"
+        if tensor.is_inference():
+            return "made in inference mode: without a version counter a change could not be seen"
+        return "it requires a gradient" if tensor.requires_grad else ""
+
+    # --- the fold ---------------------------------------------------------------------------------------
+
+    def _supply(self, level: Level, request: Request) -> fx.Node:
+        """The node that holds the dequantized weight in this graph, made when there is none."""
+        key = (request.weight.leaf, request.scale.leaf, request.views, request.dtype)
+        if key not in level.added:
+            name = f"{request.weight.leaf.name.strip('_')}_dequantized"
+            if level is self.top:
+                indices = [self.top.placeholders.index(leaf) for leaf in key[:2]]
+                self.slots.append(Slot(*indices, request))
+            packed = request.weight(value_of(request.weight.leaf))
+            value = packed.new_empty(packed.shape, dtype=request.dtype)
+            level.added[key] = compat.add_static_input(level.gm, name, value)
+            for site in level.sites:
+                lifted = site.lift(level, request)
+                assert lifted is not None  # _why_not_supplied looked at every site
+                site.node.args = (*site.node.args, self._supply(site.caller, lifted))
+        return level.added[key]
+
+    def _drop_folded_inputs(self) -> list[int]:
+        """Erases inputs that nothing reads any more; returns the positions of those that stay."""
+        folded = {i for slot in self.slots for i in (slot.weight_index, slot.scale_index)}
+        dropped = {i for i in folded if not self.top.placeholders[i].users}
+        for i in dropped:
+            self.top.gm.graph.erase_node(self.top.placeholders[i])
+        return [i for i in range(len(self.example_inputs)) if i not in dropped]
+
+    def _make_values(self, kept_inputs: list[int]) -> list[Tensor]:
+        """Dequantizes slot by slot; a packed weight is released before the next one is made."""
+        values = []
+        for position, slot in enumerate(self.slots):
+            weight, scale = (self.example_inputs[i] for i in (slot.weight_index, slot.scale_index))
+            size = (store.nbytes(weight), store.nbytes(scale))
+            entry = slot.fetch(weight, scale)
+            assert entry.value is not None
+            values.append(entry.value)
+            needed = {other.weight_index for other in self.slots[position + 1 :]} | set(kept_inputs)
+            if self.release and slot.weight_index not in needed:
+                entry.release()
+            held = size[1] + (0 if store.is_released(weight) else size[0]) + entry.value.nbytes
+            reason = f"dequantized to {str(slot.request.dtype).removeprefix('torch.')}"
+            name = self._name(slot.request)
+            self.weights.append(WeightReport(name, tuple(entry.value.shape), FOLDED, reason, sum(size), held))
+        return values
+
+    # --- names and reports ------------------------------------------------------------------------------
+
+    def _example(self, leaf: fx.Node) -> Any:
+        if leaf.op == "get_attr":
+            return getattr(self.top.gm, str(leaf.target), None)
+        return self.example_inputs[self.top.placeholders.index(leaf)]
+
+    def _name(self, request: Request) -> str:
+        return leaf_name(request.weight.leaf) + request.weight.text
+
+    def _origins(self, level: Level, request: Request | None) -> list[Request | None]:
+        """A request in terms of the top graph's inputs, one for every way the sub-graph is reached."""
+        if request is None or level is self.top:
+            return [request]
+        return [each for site in level.sites for each in self._origins(site.caller, site.lift(level, request))]
+
+    def _report_kept(self, name: str, use: Use, origin: Request | None, reason: str) -> WeightReport:
+        size = value_of(use.weight).nbytes + value_of(use.scale).nbytes
+        weight_report = WeightReport(name, tuple(value_of(use.weight).shape), KEPT, reason, size, size)
+        if origin and origin.weight.leaf.op == origin.scale.leaf.op == "get_attr":
+            weight, scale = self._example(origin.weight.leaf), self._example(origin.scale.leaf)
+            self.constants.append((weight_report, weight, scale))
+        return weight_report
+
+
+def _erase_unused_views(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_method", "call_function") and static_view(node) is not None:
+            graph.erase_node(node)

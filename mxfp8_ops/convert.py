@@ -1,0 +1,232 @@
+"""Whole models: ``quantize_`` swaps linears for packed ones, ``dequantize_at_load_`` swaps them back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, settings
+from .format import BLOCK_SIZE, COMPUTE_DTYPES, check_compute_dtype, check_rule
+from .nn import Mxfp8Linear
+
+_CHUNK_ELEMENTS = 1 << 20
+
+# These read the weight of their linears directly (fused attention paths), so a packed one cannot stand in.
+_READS_WEIGHTS_OF_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What happened to one linear layer.
+
+    Attributes:
+        name: dotted path in the model; of a layer used twice, the first.
+        shape: of the weight, ``(N, K)``.
+        action: "quantized" or "left" (by ``quantize_``), "dequantized" (by ``dequantize_at_load_``).
+        reason: why it was left, else "".
+        bytes_before: of weight and scale, before.
+        bytes_after: of weight and scale, after.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    action: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None, rule: str = "rceil"
+) -> list[LayerSummary]:
+    """Swaps the ``nn.Linear`` layers of ``model`` for ``Mxfp8Linear``, in place, layer by layer.
+
+    Layers and weights used in several places stay shared. A layer that cannot be packed without changing
+    the model is left as it is, with the reason in the summary.
+
+    Args:
+        model: any module but a bare ``nn.Linear``, which cannot be swapped in place.
+        filter_fn: ``(module, name) -> bool``; None takes every linear.
+        rule: see ``mxfp8_ops.quantize``.
+
+    Returns:
+        One entry for each distinct ``nn.Linear`` that the filter selected.
+
+    Raises:
+        TypeError: model is a bare ``nn.Linear``. ValueError: unknown rule.
+    """
+    check_rule(rule)
+    if isinstance(model, nn.Linear):
+        raise TypeError("quantize_ cannot swap the model itself: use Mxfp8Linear.from_linear(model)")
+    selected = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, name))
+    }
+    left = _left_alone(model, selected)
+    packed: dict[Tensor, Mxfp8Linear] = {}
+    new: dict[nn.Module, nn.Module] = {}
+    summary = []
+    for linear, name in selected.items():
+        before = linear.weight.nbytes
+        if linear in left:
+            summary.append(LayerSummary(name, tuple(linear.weight.shape), "left", left[linear], before, before))
+            continue
+        twin = packed.get(linear.weight)
+        if twin is None:
+            module = packed[linear.weight] = Mxfp8Linear.from_linear(linear, rule)
+        else:  # a second layer on the same weight
+            module = Mxfp8Linear.from_quantized(twin.weight, twin.weight_scale, linear.bias)
+            module.weight, module.training = twin.weight, linear.training
+        new[linear] = module
+        after = module.weight.nbytes + module.weight_scale.nbytes
+        summary.append(LayerSummary(name, tuple(linear.weight.shape), "quantized", "", before, after))
+    places = _places(model)
+    for old, module in new.items():
+        _swap(places, old, module)
+    return summary
+
+
+def dequantize_at_load_(
+    model: nn.Module, dequant_at_load: bool | None = None, dtype: torch.dtype = torch.bfloat16
+) -> list[LayerSummary]:
+    """Swaps the ``Mxfp8Linear`` layers of ``model`` for ``nn.Linear`` in ``dtype``, in place, when the flag
+    (``MXFP8_DEQUANT_AT_LOAD``) is on or unset. One layer at a time, so memory never exceeds the
+    dequantized model by more than one layer.
+
+    Args:
+        model: any module but a bare ``Mxfp8Linear``.
+        dequant_at_load: beats the environment unless None.
+        dtype: of weights and biases after: float32, bfloat16 or float16.
+
+    Returns:
+        One entry for each distinct layer; empty when the flag is off.
+
+    Raises:
+        TypeError: a bare ``Mxfp8Linear``, or another dtype. ValueError: the flag is neither on nor off.
+    """
+    check_compute_dtype(dtype, "dtype")
+    if isinstance(model, Mxfp8Linear):
+        raise TypeError("dequantize_at_load_ cannot swap the model itself: put it into a container")
+    if settings.dequant_at_load(dequant_at_load) is False:
+        return []
+    dense: dict[Tensor, nn.Parameter] = {}
+    summary = []
+    places = _places(model)
+    layers = [(module, name) for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)]
+    uses = Counter(module.weight for module, _ in layers)
+    layers.reverse()
+    while layers:
+        packed, name = layers.pop()
+        weight, before = packed.weight, packed.weight.nbytes + packed.weight_scale.nbytes
+        shape = tuple(weight.shape)
+        if weight not in dense:
+            dense[weight] = nn.Parameter(dequant_bounded(weight, packed.weight_scale, dtype), requires_grad=False)
+        uses[weight] -= 1
+        parameter = dense[weight] if uses[weight] else dense.pop(weight)
+        summary.append(LayerSummary(name, shape, "dequantized", "", before, parameter.nbytes))
+        _swap(places, packed, _dense_linear(packed, parameter))
+        if not uses[weight]:
+            del uses[weight]
+        del packed, weight  # the bytes go before the next layer is made
+    return summary
+
+
+def dequant_bounded(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``dequant`` in chunks of rows, so that float32 intermediates stay a few megabytes whatever the layer.
+
+    Args:
+        weight: ``[..., K]``. scale: ``[..., K/32]`` uint8. dtype: of the result.
+        out: ``[..., K]`` in ``dtype``, written in place and returned; allocated when None.
+    """
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if weight.dim() == 1 or weight.numel() <= _CHUNK_ELEMENTS:
+        return out.copy_(functional.dequant(weight, scale, dtype))
+    rows = max(1, _CHUNK_ELEMENTS // (weight.numel() // weight.shape[0]))
+    for start in range(0, weight.shape[0], rows):
+        chunk = slice(start, start + rows)
+        if weight.dim() > 2 and rows == 1:
+            dequant_bounded(weight[start], scale[start], dtype, out[start])
+        else:
+            out[chunk] = functional.dequant(weight[chunk], scale[chunk], dtype)
+    return out
+
+
+def _dense_linear(packed: Mxfp8Linear, weight: nn.Parameter) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    linear.weight = weight
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias.detach().to(weight.dtype), requires_grad=packed.bias.requires_grad)
+    return linear.train(packed.training)
+
+
+def _left_alone(model: nn.Module, selected: dict[nn.Module, str]) -> dict[nn.Module, str]:
+    """Which of the selected linears must stay, and why."""
+    users: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=True):
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append((module, name))
+    readers = {
+        child: name
+        for name, module in model.named_modules()
+        if isinstance(module, _READS_WEIGHTS_OF_CHILDREN)
+        for child in module.children()
+    }
+    left = {}
+    for linear in selected:
+        reason = _why_unquantizable(linear)
+        if linear in readers:
+            reason = f"{readers[linear]} reads its weight directly"
+        if reason:
+            left[linear] = reason
+    changed = True
+    while changed:  # a linear that stays keeps every other layer on its weight as well
+        changed = False
+        for linear in selected:
+            for user, name in users[linear.weight]:  # type: ignore[index]
+                if linear not in left and (user not in selected or user in left):
+                    left[linear] = f"its weight is shared with {name}, which is not quantized"
+                    changed = True
+    return left
+
+
+def _why_unquantizable(linear: nn.Module) -> str:
+    if type(linear) is not nn.Linear:
+        return f"{type(linear).__name__} is a subclass of nn.Linear"
+    if linear.in_features == 0 or linear.in_features % BLOCK_SIZE:
+        return f"in_features {linear.in_features} is not a multiple of {BLOCK_SIZE}"
+    if linear.out_features == 0:
+        return "out_features is 0"
+    if linear.weight.dtype not in COMPUTE_DTYPES:
+        return f"weight dtype {linear.weight.dtype} is not float32, bfloat16 or float16"
+    if any(_hooks(linear)):
+        return "it has hooks, which a new module would lose"
+    return ""
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    yield from (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    yield "forward" in module.__dict__  # a method patched onto the instance
+
+
+_Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def _places(model: nn.Module) -> _Places:
+    """Where every module hangs: parents and names, several for a module that is used several times."""
+    places: _Places = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    return places
+
+
+def _swap(places: _Places, old: nn.Module, new: nn.Module) -> None:
+    for parent, name in places.pop(old):
+        setattr(parent, name, new)

@@ -1,0 +1,73 @@
+"""The public functions: thin twins of the registered operators, which do all checking."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, settings
+from .format import check_rule, scale_bytes
+
+
+def quantize(x: Tensor, rule: str = "rceil") -> tuple[Tensor, Tensor]:
+    """Quantizes ``x`` to MXFP8 in blocks of 32 along its last axis. Not differentiable.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16; K a multiple of 32; contiguous or not.
+        rule: how a block's scale follows from its largest magnitude ``amax``: "rceil" (the smallest power
+            of two with ``amax / scale <= 448``) or "floor" (``2**(floor(log2(amax)) - 8)``, OCP MX v1.0
+            section 6.3, where the largest elements may saturate).
+
+    Returns:
+        ``(weight, scale)``: ``[..., K]`` float8_e4m3fn and ``[..., K/32]`` uint8, both contiguous. Elements
+        are rounded to nearest even and saturate at 448. A block with inf or NaN becomes scale 255, elements
+        0x7f; a zero block scale 0, elements zero with their signs.
+
+    Raises:
+        TypeError: x is not of those dtypes. ValueError: K, an empty x, or an unknown rule.
+    """
+    check_rule(rule)
+    settings.guard_compiled_graph()
+    return ops.quantize(x, rule)
+
+
+def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``e4m3(weight) * 2**(scale - 127)``, computed exactly and rounded once.
+
+    Args:
+        weight: ``[..., K]`` float8_e4m3fn, contiguous or not.
+        scale: ``[..., K/32]`` E8M0 bytes, uint8 or float8_e8m0fnu.
+        dtype: of the result: float32, bfloat16 or float16.
+
+    Returns:
+        ``[..., K]`` in ``dtype``, contiguous. Exact in float32; exact in bfloat16 for scale bytes 3..246 and
+        in float16 for 112..134. Scale byte 255 gives NaN, element NaN stays NaN, zeros keep their sign.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: shapes that do not fit, K not a multiple of 32, two devices,
+        or a weight that requires a gradient.
+    """
+    settings.guard_compiled_graph()
+    return ops.dequant(weight, scale_bytes(scale), dtype)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, dequant(weight, scale, x.dtype), bias)``, accumulated in float32 (W8A16).
+
+    Differentiable in x and bias; the weight is frozen.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16, any leading dimensions including none or 0 rows.
+        weight: ``[N, K]`` float8_e4m3fn.
+        scale: ``[N, K/32]`` E8M0 bytes, uint8 or float8_e8m0fnu, row-major (not swizzled).
+        bias: ``[N]`` in x's dtype, or None.
+
+    Returns:
+        ``[..., N]`` in x's dtype, contiguous. Under autocast x and bias are cast, the weight never is.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: shapes that do not fit, K not a multiple of 32, N = 0, two
+        devices, or a weight that requires a gradient.
+    """
+    settings.guard_compiled_graph()
+    return ops.linear(x, weight, scale_bytes(scale), bias)

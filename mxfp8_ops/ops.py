@@ -1,0 +1,196 @@
+"""The operators as torch sees them: schemas, fakes, autograd, autocast, vmap, dispatch per device.
+
+``torch.library.Library`` rather than the ``custom_op`` decorator, which costs 10 us more a call. The
+reference is the kernel of every device (CompositeExplicitAutograd); a device's own kernels are registered
+over it under that device's key.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+from .format import (
+    BLOCK_SIZE,
+    ELEMENT_DTYPE,
+    SCALE_DTYPE,
+    check_compute_dtype,
+    check_linear,
+    check_pair,
+    check_quantize,
+)
+
+_library = torch.library.Library("mxfp8", "DEF")
+# flexible_layout: the kernels take any strides, so a compiler need not copy an argument to please them.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+_library.define("quantize(Tensor x, str rule) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define("dequant(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor", tags=_TAGS)
+_library.define("linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", tags=_TAGS)
+
+quantize = torch.ops.mxfp8.quantize.default
+dequant = torch.ops.mxfp8.dequant.default
+linear = torch.ops.mxfp8.linear.default
+
+
+# --- kernels: the reference, on every device -----------------------------------------------------------
+
+
+def _quantize_kernel(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    check_quantize(x, rule)
+    return reference.quantize(x, rule)
+
+
+def _dequant_kernel(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    check_pair(weight, scale)
+    check_compute_dtype(dtype, "dtype")
+    return reference.dequant(weight, scale, dtype)
+
+
+def _linear_kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, weight, scale, bias)
+    return reference.linear(x, weight, scale, bias)
+
+
+for _name, _kernel in (("quantize", _quantize_kernel), ("dequant", _dequant_kernel), ("linear", _linear_kernel)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# --- fakes: the same checks, shapes, dtypes and strides, no data ---------------------------------------
+
+
+@torch.library.register_fake("mxfp8::quantize", lib=_library)
+def _quantize_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    check_quantize(x, rule)
+    scale_shape = (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE)
+    return x.new_empty(x.shape, dtype=ELEMENT_DTYPE), x.new_empty(scale_shape, dtype=SCALE_DTYPE)
+
+
+@torch.library.register_fake("mxfp8::dequant", lib=_library)
+def _dequant_fake(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    check_pair(weight, scale)
+    check_compute_dtype(dtype, "dtype")
+    _keep_out_of_constant_folding()
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+@torch.library.register_fake("mxfp8::linear", lib=_library)
+def _linear_fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, weight, scale, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _keep_out_of_constant_folding() -> None:
+    """Tells Inductor's freezing, where it is loaded, that this dequant is not its to fold: doubling the
+    memory of a weight is the user's decision (the flag), and lowering/fold.py carries it out.
+
+    Told at every trace, because Inductor's list can be cleared by others.
+    """
+    folding = sys.modules.get("torch._inductor.constant_folding")
+    if folding is not None and hasattr(folding, "add_dont_constant_fold"):
+        folding.add_dont_constant_fold(dequant)
+
+
+# --- autograd: linear is differentiable in x and bias, weights are frozen --------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return linear(x, weight, scale, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, weight, scale, _ = inputs
+        ctx.save_for_backward(weight, scale)
+        ctx.save_for_forward(weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequant(weight, scale, grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+        weight, scale = ctx.saved_tensors
+        bias_tangent = tangents[-1]
+        if x_tangent is None:
+            raise ValueError("forward-mode AD through mxfp8 linear needs a tangent for x, only bias has one")
+        return linear(x_tangent, weight, scale, bias_tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None) -> tuple[Tensor, int]:
+        if all(dim is None for dim in in_dims[1:]):  # only x is batched: one more leading dimension
+            x, *rest = args
+            return linear(x.movedim(in_dims[0], 0), *rest), 0  # type: ignore[union-attr,arg-type]
+        samples = (
+            [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]  # type: ignore[union-attr]
+            for i in range(info.batch_size)
+        )
+        return torch.stack([linear(*sample) for sample in samples]), 0
+
+
+def _check_frozen(weight: Tensor) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "an MXFP8 weight is frozen and cannot have a gradient: call weight.requires_grad_(False), "
+            "or train the unquantized weight"
+        )
+
+
+def _linear_autograd(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check_frozen(weight)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if needs_grad or forward_ad._current_level >= 0:
+        return _Linear.apply(x, weight, scale, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear(x, weight, scale, bias)
+
+
+def _dequant_autograd(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_frozen(weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        return dequant(weight, scale, dtype)
+
+
+def _quantize_autograd(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return quantize(x, rule)
+
+
+_library.impl("linear", _linear_autograd, "Autograd")
+_library.impl("dequant", _dequant_autograd, "Autograd")
+_library.impl("quantize", _quantize_autograd, "Autograd")
+# Under torch.func transforms an autograd.Function must meet the transform before the dispatcher does: from
+# inside the Autograd key the transform's own state is already gone, and apply() has no kernel to find.
+_library.impl("linear", _Linear.apply, "FuncTorchDynamicLayerFrontMode")
+
+
+# --- autocast: x and bias are cast as F.linear would, the packed weight never is --------------------------
+
+
+def _linear_autocast(device: str, key: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device
+        return tensor.to(dtype) if eligible else tensor
+
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        return linear(cast(x), weight, scale, None if bias is None else cast(bias))
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+    _library.impl("linear", functools.partial(_linear_autocast, _device, _key), _key)

@@ -1,0 +1,63 @@
+"""The environment flags, read in one place, at use and never at import.
+
+``MXFP8_DEQUANT_AT_LOAD``, else ``VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD``: on, off or unset. Who asks
+decides what unset means: a module dequantizes once at load, a compiler does not fold.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+DEQUANT_AT_LOAD = ("MXFP8_DEQUANT_AT_LOAD", "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD")
+
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+# The mapping behind os.environ. Dynamo reads os.environ itself as a constant, without a guard; of a plain
+# dict it guards the keys it saw, so a compiled graph is looked up again when the flag is flipped.
+_environment = getattr(os.environ, "_data", {})
+_encode = getattr(os.environ, "encodekey", str)
+_KEYS = tuple(_encode(name) for name in DEQUANT_AT_LOAD)
+
+compile_epoch = 0
+"""Part of what compiled graphs are guarded on; see ``invalidate_compiled``."""
+compile_switch: object = None
+"""Process-wide lowering options (set by ``lowering.enable``), guarded on as well."""
+
+
+def dequant_at_load(override: bool | None = None) -> bool | None:
+    """The load-time dequant flag: True, False, or None when unset.
+
+    Args:
+        override: beats the environment unless None.
+
+    Raises:
+        ValueError: an environment variable is set to a word that is neither on nor off.
+        TypeError: ``override`` is not a bool or None.
+    """
+    if override is not None:
+        if not isinstance(override, bool):
+            raise TypeError(f"dequant_at_load must be True, False or None, got {override!r}")
+        return override
+    for name in DEQUANT_AT_LOAD:
+        word = os.environ.get(name)
+        if word is not None:
+            if word.lower() not in _WORDS:
+                raise ValueError(f"{name} must be 1/true/yes/on or 0/false/no/off, got {word!r}")
+            return _WORDS[word.lower()]
+    return None
+
+
+def guard_compiled_graph() -> None:
+    """Called while Dynamo traces an operator: reads whatever the compilation depends on, so that Dynamo
+    guards the graph on it. Does nothing in eager mode.
+    """
+    if torch.compiler.is_compiling():
+        _ = [_environment.get(key) for key in _KEYS], compile_epoch, compile_switch
+
+
+def invalidate_compiled() -> None:
+    """Makes every compiled graph that calls this package's functions be compiled again at its next call."""
+    global compile_epoch
+    compile_epoch += 1
