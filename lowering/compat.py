@@ -4,7 +4,8 @@ which form. Read against torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 PRE_GRAD = "pre_grad_custom_pass"
 POST_GRAD = "post_grad_custom_post_pass"
-
-Inductor = Callable[..., Callable[..., Any]]
 
 
 # --- Inductor's pass slots -------------------------------------------------------------------------------
@@ -68,8 +67,10 @@ def run_pre_grad_on_every_compile() -> dict[str, Any]:
 # --- Inductor as a backend -------------------------------------------------------------------------------
 
 
-def inductor(mode: str | None, options: dict[str, Any]) -> Inductor:
-    """What ``torch.compile`` itself calls for this mode and these options: ``(gm, inputs, config_patches=)``."""
+def inductor(mode: str | None, options: dict[str, Any]) -> Any:
+    """What ``torch.compile`` itself calls for this mode and these options: ``(gm, inputs, config_patches=)``,
+    with the patches it applies of itself as ``.config``.
+    """
     wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
     wrapper.apply_options(options)
     return wrapper
@@ -98,7 +99,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     output.meta.update(gm.graph.output_node().meta)
     for old, new in copies.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     for name, value in gm.__dict__.items():
         copy.__dict__.setdefault(name, value)
@@ -110,14 +111,16 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def add_static_input(gm: fx.GraphModule, name: str, example: object) -> fx.Node:
-    """Appends a placeholder that AOTAutograd counts among the static inputs, as parameters are: CUDA graphs
-    then do not copy it. The marks are those Dynamo sets; a source of None is allowed more than once.
+def add_static_input(gm: fx.GraphModule, label: str, example: object) -> fx.Node:
+    """Appends a placeholder, called ``label`` in reports. AOTAutograd counts it among the static inputs, as it
+    does parameters: CUDA graphs then do not copy it. The marks are those Dynamo sets; a source of None is
+    allowed more than once.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     with gm.graph.inserting_after(placeholders[-1]):
-        node = gm.graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+        node = gm.graph.placeholder("folded_" + re.sub(r"\W", "_", label))
+    node._dynamo_source = None
+    node.meta["mxfp8_label"] = label
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta["example_value"] = example
     return node

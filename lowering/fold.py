@@ -48,7 +48,9 @@ def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.
     gm = graph.owning_module
     name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{str(dtype).removeprefix('torch.')}"
     packed, scales = _constant(weight), _constant(scale)
-    assert gm is not None and packed is not None and scales is not None
+    assert gm is not None
+    assert packed is not None
+    assert scales is not None
     if not hasattr(gm, name):
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
             value = dequant_bounded(packed.detach(), scales.detach(), dtype)

@@ -131,9 +131,8 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
 
 # --- static weights: views of one graph input -------------------------------------------------------------
 
-_VIEW_METHODS = frozenset(
-    ["view", "reshape", "t", "transpose", "permute", "contiguous", "detach", "select", "narrow", "unsqueeze", "squeeze", "flatten", "unflatten"]
-)
+_VIEW_METHODS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "t", "transpose", "permute"}
+_VIEW_METHODS |= {"select", "narrow", "contiguous", "detach"}
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,9 @@ def static_view(node: object) -> StaticView | None:
 
 # --- what changes, and what leaves ------------------------------------------------------------------------
 
-_AUGMENTED_ASSIGNMENTS = frozenset(
-    getattr(operator, f"i{name}")
-    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift", "concat"]
-)
+_AUGMENTED_ASSIGNMENTS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv}
+_AUGMENTED_ASSIGNMENTS |= {operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior}
+_AUGMENTED_ASSIGNMENTS |= {operator.ixor, operator.ilshift, operator.irshift, operator.iconcat}
 
 
 def storages(node: object) -> set[int]:
@@ -244,6 +242,8 @@ def leaf_name(node: fx.Node) -> str:
     """A readable name of a graph input: ``encoder.layer.0.weight`` for
     ``L['self']._modules['encoder']._modules['layer']._modules['0']._parameters['weight']``.
     """
+    if "mxfp8_label" in node.meta:
+        return str(node.meta["mxfp8_label"])
     name = compat.source_name(node)
     name = re.sub(r"^[LG]\['(\w+)'\]", lambda m: "" if m[1] in ("self", "fn") else m[1], name)
     name = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", name)

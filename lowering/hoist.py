@@ -220,13 +220,12 @@ class Hoist:
         """The node that holds the dequantized weight in this graph, made when there is none."""
         key = (request.weight.leaf, request.scale.leaf, request.views, request.dtype)
         if key not in level.added:
-            name = f"{request.weight.leaf.name.strip('_')}_dequantized"
             if level is self.top:
-                indices = [self.top.placeholders.index(leaf) for leaf in key[:2]]
-                self.slots.append(Slot(*indices, request))
+                position = self.top.placeholders.index
+                self.slots.append(Slot((position(key[0]), position(key[1])), request))
             packed = request.weight(value_of(request.weight.leaf))
             value = packed.new_empty(packed.shape, dtype=request.dtype)
-            level.added[key] = compat.add_static_input(level.gm, name, value)
+            level.added[key] = compat.add_static_input(level.gm, f"{self._name(request)}.dequantized", value)
             for site in level.sites:
                 lifted = site.lift(level, request)
                 assert lifted is not None  # _why_not_supplied looked at every site

@@ -55,7 +55,7 @@ class Mxfp8Pass(CustomGraphPass):
         return type(self).__name__, source_hash(), self.fold
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.dequant_at_load == other.dequant_at_load  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.dequant_at_load == other.dequant_at_load
 
     def __hash__(self) -> int:
         return hash((type(self), self.dequant_at_load))

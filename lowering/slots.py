@@ -31,13 +31,13 @@ class Slot:
     """One appended input.
 
     Args:
-        weight_index: the position of its weight among Dynamo's arguments.
-        scale_index: the position of its scale.
+        indices: the positions of its weight and its scale among Dynamo's arguments.
         request: what to make of them.
     """
 
-    def __init__(self, weight_index: int, scale_index: int, request: Request) -> None:
-        self.weight_index, self.scale_index, self.request = weight_index, scale_index, request
+    def __init__(self, indices: tuple[int, int], request: Request) -> None:
+        self.weight_index, self.scale_index = indices
+        self.request = request
         self.entries: dict[tuple[int, int], store.Entry] = {}
 
     def current(self, args: Sequence[Any]) -> Tensor:

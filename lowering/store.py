@@ -119,11 +119,22 @@ def expire(tensors: Iterable[Tensor]) -> None:
 
 
 def _metadata_getters() -> frozenset[Any]:
-    names = ("shape", "dtype", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "layout", "ndim", "_version")
-    flags = ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "nbytes", "itemsize")
-    methods = ("stride", "dim", "size", "numel", "element_size", "is_contiguous", "is_floating_point", "is_complex")
-    methods += ("is_inference", "get_device", "__len__", "__hash__", "storage_offset", "ndimension", "requires_grad_")
-    getters = {getattr(torch.Tensor, name).__get__ for name in names + flags}
+    properties = [
+        "shape",
+        "dtype",
+        "device",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "layout",
+        "ndim",
+        "_version",
+    ]
+    properties += ["is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "nbytes", "itemsize"]
+    methods = ["stride", "dim", "size", "numel", "element_size", "is_contiguous", "is_floating_point", "is_complex"]
+    methods += ["is_inference", "get_device", "__len__", "__hash__", "storage_offset", "ndimension", "requires_grad_"]
+    getters = {getattr(torch.Tensor, name).__get__ for name in properties}
     return frozenset(getters | {getattr(torch.Tensor, name) for name in methods})
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,32 +63,26 @@ def quantize_(
     check_rule(rule)
     if isinstance(model, nn.Linear):
         raise TypeError("quantize_ cannot swap the model itself: use Mxfp8Linear.from_linear(model)")
-    selected = {
+    selected: dict[nn.Linear, str] = {
         module: name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, name))
     }
     left = _left_alone(model, selected)
-    packed: dict[Tensor, Mxfp8Linear] = {}
-    new: dict[nn.Module, nn.Module] = {}
-    summary = []
-    for linear, name in selected.items():
-        before = linear.weight.nbytes
-        if linear in left:
-            summary.append(LayerSummary(name, tuple(linear.weight.shape), "left", left[linear], before, before))
-            continue
-        twin = packed.get(linear.weight)
-        if twin is None:
-            module = packed[linear.weight] = Mxfp8Linear.from_linear(linear, rule)
-        else:  # a second layer on the same weight
-            module = Mxfp8Linear.from_quantized(twin.weight, twin.weight_scale, linear.bias)
-            module.weight, module.training = twin.weight, linear.training
-        new[linear] = module
-        after = module.weight.nbytes + module.weight_scale.nbytes
-        summary.append(LayerSummary(name, tuple(linear.weight.shape), "quantized", "", before, after))
+    once = _OncePerWeight(linear.weight for linear in selected if linear not in left)
     places = _places(model)
-    for old, module in new.items():
-        _swap(places, old, module)
+    summary = []
+    while selected:
+        linear = next(iter(selected))
+        name, shape, before = selected.pop(linear), tuple(linear.weight.shape), linear.weight.nbytes
+        if linear in left:
+            summary.append(LayerSummary(name, shape, "left", left[linear], before, before))
+            continue
+        weight, scale = once.get(linear.weight, _quantized, rule)
+        module = Mxfp8Linear.from_quantized(weight, scale, linear.bias).train(linear.training)
+        summary.append(LayerSummary(name, shape, "quantized", "", before, weight.nbytes + scale.nbytes))
+        _swap(places, linear, module)
+        del linear  # its weight goes before the next one is quantized
     return summary
 
 
@@ -114,25 +109,19 @@ def dequantize_at_load_(
         raise TypeError("dequantize_at_load_ cannot swap the model itself: put it into a container")
     if settings.dequant_at_load(dequant_at_load) is False:
         return []
-    dense: dict[Tensor, nn.Parameter] = {}
-    summary = []
+    summary: list[LayerSummary] = []
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
+    once = _OncePerWeight(packed.weight for packed in layers)
     places = _places(model)
-    layers = [(module, name) for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)]
-    uses = Counter(module.weight for module, _ in layers)
-    layers.reverse()
+    summary = []
     while layers:
-        packed, name = layers.pop()
-        weight, before = packed.weight, packed.weight.nbytes + packed.weight_scale.nbytes
-        shape = tuple(weight.shape)
-        if weight not in dense:
-            dense[weight] = nn.Parameter(dequant_bounded(weight, packed.weight_scale, dtype), requires_grad=False)
-        uses[weight] -= 1
-        parameter = dense[weight] if uses[weight] else dense.pop(weight)
-        summary.append(LayerSummary(name, shape, "dequantized", "", before, parameter.nbytes))
-        _swap(places, packed, _dense_linear(packed, parameter))
-        if not uses[weight]:
-            del uses[weight]
-        del packed, weight  # the bytes go before the next layer is made
+        packed = next(iter(layers))
+        name, shape = layers.pop(packed), tuple(packed.weight.shape)
+        before, scale = packed.weight.nbytes + packed.weight_scale.nbytes, packed.weight_scale
+        weight = once.get(packed.weight, _dequantized, scale, dtype)
+        summary.append(LayerSummary(name, shape, "dequantized", "", before, weight.nbytes))
+        _swap(places, packed, _dense_linear(packed, weight))
+        del packed  # its bytes go before the next layer is made
     return summary
 
 
@@ -157,6 +146,32 @@ def dequant_bounded(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tens
     return out
 
 
+class _OncePerWeight:
+    """Makes something of each weight once, for all layers on it, and lets go of both after the last one."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.uses = Counter(weights)
+        self.made: dict[Tensor, Any] = {}
+
+    def get(self, weight: Tensor, make: Callable[..., Any], *args: Any) -> Any:
+        if weight not in self.made:
+            self.made[weight] = make(weight, *args)
+        made = self.made[weight]
+        self.uses[weight] -= 1
+        if not self.uses[weight]:
+            del self.uses[weight], self.made[weight]
+        return made
+
+
+def _quantized(weight: Tensor, rule: str) -> tuple[nn.Parameter, Tensor]:
+    packed, scale = functional.quantize(weight.detach(), rule)
+    return nn.Parameter(packed, requires_grad=False), scale
+
+
+def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(dequant_bounded(weight, scale, dtype), requires_grad=False)
+
+
 def _dense_linear(packed: Mxfp8Linear, weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     linear.weight = weight
@@ -165,7 +180,7 @@ def _dense_linear(packed: Mxfp8Linear, weight: nn.Parameter) -> nn.Linear:
     return linear.train(packed.training)
 
 
-def _left_alone(model: nn.Module, selected: dict[nn.Module, str]) -> dict[nn.Module, str]:
+def _left_alone(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[nn.Module, str]:
     """Which of the selected linears must stay, and why."""
     users: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for name, module in model.named_modules(remove_duplicate=True):
@@ -177,7 +192,7 @@ def _left_alone(model: nn.Module, selected: dict[nn.Module, str]) -> dict[nn.Mod
         if isinstance(module, _READS_WEIGHTS_OF_CHILDREN)
         for child in module.children()
     }
-    left = {}
+    left: dict[nn.Module, str] = {}
     for linear in selected:
         reason = _why_unquantizable(linear)
         if linear in readers:
@@ -188,14 +203,14 @@ def _left_alone(model: nn.Module, selected: dict[nn.Module, str]) -> dict[nn.Mod
     while changed:  # a linear that stays keeps every other layer on its weight as well
         changed = False
         for linear in selected:
-            for user, name in users[linear.weight]:  # type: ignore[index]
+            for user, name in users[linear.weight]:
                 if linear not in left and (user not in selected or user in left):
                     left[linear] = f"its weight is shared with {name}, which is not quantized"
                     changed = True
     return left
 
 
-def _why_unquantizable(linear: nn.Module) -> str:
+def _why_unquantizable(linear: nn.Linear) -> str:
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} is a subclass of nn.Linear"
     if linear.in_features == 0 or linear.in_features % BLOCK_SIZE:

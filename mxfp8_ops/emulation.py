@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class EmulationMxfp8LinearKernel(Mxfp8LinearKernel):
     def can_implement(cls, c: Mxfp8LinearLayerConfig) -> tuple[bool, str | None]:
         return True, None
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Trims a padded ``weight_scale`` to ``[:N, :K/32]``, makes both tensors contiguous, and unless the
         flag is off replaces ``weight`` by its bfloat16 values. Safe to call twice.
 
@@ -92,7 +93,7 @@ class EmulationMxfp8LinearKernel(Mxfp8LinearKernel):
             del layer.weight_scale
         layer.weight_scale = scale_parameter
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """A plain linear on a weight of two bytes or more (cast to x's dtype), else the packed linear.
 
         Raises:

@@ -111,9 +111,10 @@ class _Linear(torch.autograd.Function):
         _, weight, scale, _ = inputs
         ctx.save_for_backward(weight, scale)
         ctx.save_for_forward(weight, scale)
+        ctx.shape = output.shape
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -123,11 +124,12 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias
 
     @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Tensor | None) -> Tensor:
         weight, scale = ctx.saved_tensors
         bias_tangent = tangents[-1]
         if x_tangent is None:
-            raise ValueError("forward-mode AD through mxfp8 linear needs a tangent for x, only bias has one")
+            assert bias_tangent is not None
+            return bias_tangent.expand(ctx.shape).clone()
         return linear(x_tangent, weight, scale, bias_tangent)
 
     @staticmethod
