@@ -118,7 +118,7 @@ def add_static_input(gm: fx.GraphModule, label: str, example: object) -> fx.Node
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     with gm.graph.inserting_after(placeholders[-1]):
-        node = gm.graph.placeholder("folded_" + re.sub(r"\W", "_", label))
+        node = gm.graph.placeholder(f"folded_{len(placeholders)}_" + re.sub(r"\W", "_", label))
     node._dynamo_source = None
     node.meta["mxfp8_label"] = label
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -143,8 +143,12 @@ def is_static_input(node: fx.Node) -> bool:
 
 
 def source_name(node: fx.Node) -> str:
-    """Dynamo's name of an input, such as ``L['self']._modules['fc'].weight``. A method until torch 2.11."""
+    """Dynamo's name of an input or attribute, such as ``L['self']._modules['fc'].weight``. A source's name is
+    a method until torch 2.11.
+    """
     source = getattr(node, "_dynamo_source", None)
+    if node.op == "get_attr":
+        source = getattr(node.graph.owning_module, "_param_name_to_source", {}).get(node.target)
     if source is None:
         return str(node.target)
     return source.name() if callable(source.name) else source.name

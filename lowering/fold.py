@@ -44,21 +44,26 @@ def _may_fold(match: Match) -> bool:
 
 
 def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """A new constant of the graph; the same one for every use of one weight."""
+    """The constant node that holds the dequantized weight. One node serves every use of a weight: Inductor
+    deletes an attribute together with any of its nodes.
+    """
     gm = graph.owning_module
     name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{str(dtype).removeprefix('torch.')}"
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target == name:
+            return node
     packed, scales = _constant(weight), _constant(scale)
     assert gm is not None
     assert packed is not None
     assert scales is not None
-    if not hasattr(gm, name):
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            value = dequant_bounded(packed.detach(), scales.detach(), dtype)
-        gm.register_buffer(name, value)
-        graph_report = report.current()
-        if graph_report is not None:
-            graph_report.mark_frozen(packed, value)
-    node = graph.get_attr(name)
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
+        value = dequant_bounded(packed.detach(), scales.detach(), dtype)
+    gm.register_buffer(name, value)
+    graph_report = report.current()
+    if graph_report is not None:
+        graph_report.mark_frozen(packed, value)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr(name)
     example = value_of(weight)
     node.meta["val"] = example.new_empty(example.shape, dtype=dtype)
     return node
@@ -66,8 +71,7 @@ def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.
 
 @register_freezing_graph_pattern(CallFunction(ops.linear, Arg(), Arg(), Arg(), Arg()), extra_check=_may_fold)
 def _fold_linear(match: Match, x: fx.Node, weight: fx.Node, scale: fx.Node, bias: fx.Node | None) -> None:
-    with match.graph.inserting_before(match.output_node()):
-        dense = _dequantized(match.graph, weight, scale, value_of(match.output_node()).dtype)
+    dense = _dequantized(match.graph, weight, scale, value_of(match.output_node()).dtype)
     if bias is None:
         match.replace_by_example(lambda x, weight: F.linear(x, weight), [x, dense])
     else:
@@ -77,6 +81,5 @@ def _fold_linear(match: Match, x: fx.Node, weight: fx.Node, scale: fx.Node, bias
 @register_freezing_graph_pattern(CallFunction(ops.dequant, Arg(), Arg(), Arg()), extra_check=_may_fold)
 def _fold_dequant(match: Match, weight: fx.Node, scale: fx.Node, dtype: torch.dtype) -> None:
     node = match.output_node()
-    with match.graph.inserting_before(node):
-        node.replace_all_uses_with(_dequantized(match.graph, weight, scale, dtype))
+    node.replace_all_uses_with(_dequantized(match.graph, weight, scale, dtype))
     match.graph.erase_node(node)

@@ -143,6 +143,7 @@ class Hoist:
             for use in Use.all_in(level.gm.graph):
                 self._handle(level, use)
             _erase_unused_views(level.gm.graph)
+            _drop_folded_operands(level)
         kept_inputs = self._drop_folded_inputs()
         values = self._make_values(kept_inputs)
         self.weights += [self._report_kept(name, *why) for name, why in self.kept.items()]
@@ -252,10 +253,7 @@ class Hoist:
             needed = {other.weight_index for other in self.slots[position + 1 :]} | set(kept_inputs)
             if self.release and slot.weight_index not in needed:
                 entry.release()
-            held = size[1] + (0 if store.is_released(weight) else size[0]) + entry.value.nbytes
-            reason = f"dequantized to {str(slot.request.dtype).removeprefix('torch.')}"
-            name = self._name(slot.request)
-            self.weights.append(WeightReport(name, tuple(entry.value.shape), FOLDED, reason, sum(size), held))
+            self._report_folded(self._name(slot.request), entry.value, *size, store.nbytes(weight))
         return values
 
     # --- names and reports ------------------------------------------------------------------------------
@@ -274,6 +272,17 @@ class Hoist:
             return [request]
         return [each for site in level.sites for each in self._origins(site.caller, site.lift(level, request))]
 
+    def _report_folded(self, name: str, value: Tensor, packed: int, scale: int, still_packed: int) -> None:
+        dtype = str(value.dtype).removeprefix("torch.")
+        for each in self.weights:
+            if each.name == name:  # a second dtype of one weight
+                each.reason += f", {dtype}"
+                each.bytes_after += value.nbytes - (packed - still_packed)
+                return
+        held = scale + still_packed + value.nbytes
+        reason = f"dequantized to {dtype}"
+        self.weights.append(WeightReport(name, tuple(value.shape), FOLDED, reason, packed + scale, held))
+
     def _report_kept(self, name: str, use: Use, origin: Request | None, reason: str) -> WeightReport:
         size = value_of(use.weight).nbytes + value_of(use.scale).nbytes
         weight_report = WeightReport(name, tuple(value_of(use.weight).shape), KEPT, reason, size, size)
@@ -281,6 +290,23 @@ class Hoist:
             weight, scale = self._example(origin.weight.leaf), self._example(origin.scale.leaf)
             self.constants.append((weight_report, weight, scale))
         return weight_report
+
+
+def _drop_folded_operands(level: Level) -> None:
+    """Stops passing packed weights to a sub-graph that has their dequantized values now."""
+    if not level.sites:
+        return
+    folded = {leaf for weight, scale, *_ in level.added for leaf in (weight, scale)}
+    for leaf in folded:
+        if leaf.users:
+            continue
+        position = level.placeholders.index(leaf)
+        for site in level.sites:
+            args = list(site.node.args)
+            del args[site.first + position]
+            site.node.args = tuple(args)
+        del level.placeholders[position]
+        level.gm.graph.erase_node(leaf)
 
 
 def _erase_unused_views(graph: fx.Graph) -> None:

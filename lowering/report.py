@@ -64,11 +64,13 @@ class GraphReport:
 
     def mark_frozen(self, weight: Tensor, dequantized: Tensor) -> None:
         """Notes that freezing folded the constant ``weight`` into ``dequantized``."""
+        dtype = str(dequantized.dtype).removeprefix("torch.")
         for each, tensor, _ in self.constants:
             if tensor is weight or tensor.data_ptr() == weight.data_ptr():
+                first = each.action != FOLDED
+                each.reason = f"frozen, dequantized to {dtype}" if first else f"{each.reason}, {dtype}"
                 each.action = FOLDED
-                each.reason = f"dequantized to {str(dequantized.dtype).removeprefix('torch.')} under freezing"
-                each.bytes_after = each.bytes_before + dequantized.nbytes
+                each.bytes_after += dequantized.nbytes
 
     def __str__(self) -> str:
         return format_table(self.weights)

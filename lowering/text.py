@@ -23,7 +23,9 @@ def graph_text(gm: fx.GraphModule) -> str:
         if node.op == "output":
             lines.append(f"return {_format(node.args[0], names)}")
             continue
-        name = names[node] = _unique(leaf_name(node) if node.op == "placeholder" else _target(node), names)
+        name = names[node] = _unique(
+            leaf_name(node) if node.op in ("placeholder", "get_attr") else _target(node), names
+        )
         declaration = f"{name}{_type(value_of(node))}"
         if node.op == "placeholder":
             lines.append(f"input {declaration}")

@@ -69,7 +69,7 @@ def quantize_(
         if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, name))
     }
     left = _left_alone(model, selected)
-    once = _OncePerWeight(linear.weight for linear in selected if linear not in left)
+    once = _OncePerKey((linear.weight,) for linear in selected if linear not in left)
     places = _places(model)
     summary = []
     while selected:
@@ -78,7 +78,7 @@ def quantize_(
         if linear in left:
             summary.append(LayerSummary(name, shape, "left", left[linear], before, before))
             continue
-        weight, scale = once.get(linear.weight, _quantized, rule)
+        weight, scale = once.get((linear.weight,), _quantized, rule)
         module = Mxfp8Linear.from_quantized(weight, scale, linear.bias).train(linear.training)
         summary.append(LayerSummary(name, shape, "quantized", "", before, weight.nbytes + scale.nbytes))
         _swap(places, linear, module)
@@ -109,16 +109,15 @@ def dequantize_at_load_(
         raise TypeError("dequantize_at_load_ cannot swap the model itself: put it into a container")
     if settings.dequant_at_load(dequant_at_load) is False:
         return []
-    summary: list[LayerSummary] = []
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
-    once = _OncePerWeight(packed.weight for packed in layers)
+    once = _OncePerKey((packed.weight, packed.weight_scale) for packed in layers)
     places = _places(model)
     summary = []
     while layers:
         packed = next(iter(layers))
         name, shape = layers.pop(packed), tuple(packed.weight.shape)
-        before, scale = packed.weight.nbytes + packed.weight_scale.nbytes, packed.weight_scale
-        weight = once.get(packed.weight, _dequantized, scale, dtype)
+        before = packed.weight.nbytes + packed.weight_scale.nbytes
+        weight = once.get((packed.weight, packed.weight_scale), _dequantized, dtype)
         summary.append(LayerSummary(name, shape, "dequantized", "", before, weight.nbytes))
         _swap(places, packed, _dense_linear(packed, weight))
         del packed  # its bytes go before the next layer is made
@@ -146,20 +145,22 @@ def dequant_bounded(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tens
     return out
 
 
-class _OncePerWeight:
-    """Makes something of each weight once, for all layers on it, and lets go of both after the last one."""
+class _OncePerKey:
+    """Makes something of a layer's tensors once, for all layers that share them, and lets go of both after
+    the last one.
+    """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        self.uses = Counter(weights)
-        self.made: dict[Tensor, Any] = {}
+    def __init__(self, keys: Iterable[tuple[Tensor, ...]]) -> None:
+        self.uses = Counter(keys)
+        self.made: dict[tuple[Tensor, ...], Any] = {}
 
-    def get(self, weight: Tensor, make: Callable[..., Any], *args: Any) -> Any:
-        if weight not in self.made:
-            self.made[weight] = make(weight, *args)
-        made = self.made[weight]
-        self.uses[weight] -= 1
-        if not self.uses[weight]:
-            del self.uses[weight], self.made[weight]
+    def get(self, key: tuple[Tensor, ...], make: Callable[..., Any], *args: Any) -> Any:
+        if key not in self.made:
+            self.made[key] = make(*key, *args)
+        made = self.made[key]
+        self.uses[key] -= 1
+        if not self.uses[key]:
+            del self.uses[key], self.made[key]
         return made
 
 
