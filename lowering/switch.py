@@ -59,7 +59,7 @@ def enable(dequant_at_load: bool | None = None, release_quantized: bool = False)
         if _patch is None:
             _patch = module.compile_fx = _Patch(module.compile_fx, options)
         _patch.options = options
-        settings.compile_switch = (dequant_at_load, release_quantized)
+        settings.set_compile_options(dequant_at_load, release_quantized)
 
 
 def disable() -> None:
@@ -73,4 +73,4 @@ def disable() -> None:
         if module.compile_fx is _patch:
             module.compile_fx = _patch.original
         _patch = None
-        settings.compile_switch = None
+        settings.set_compile_options()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import functional
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_pair, scale_bytes
@@ -94,6 +97,11 @@ class Mxfp8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mxfp8Linear:
         return super()._apply(lambda tensor: _apply_to_bytes(fn, tensor), recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain pickle cannot take a float8 tensor: the weight goes as its bytes."""
+        parameters = {**self._parameters, "weight": _PickledWeight.of(self.weight)}
+        return {**self.__dict__, "_parameters": parameters}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Brings checkpoint tensors to their bytes first: the copy that follows would convert numerically,
         and ``uint8.copy_(float8_e8m0fnu)`` turns bytes 110..126 into 0 without an error.
@@ -114,6 +122,36 @@ class Mxfp8Linear(nn.Module):
                 return
             packed[prefix + name] = tensor.view(dtype)
         super()._load_from_state_dict({**state_dict, **packed}, prefix, *args)
+
+
+class _PickledWeight:
+    """Stands for a Parameter in a module's state. One for each Parameter, so that pickle's memo keeps a weight
+    shared that several layers share.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = ref(weight)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> object:
+        if weight.dtype != ELEMENT_DTYPE:
+            return weight
+        return _pickled.setdefault(weight, cls(weight))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.weight(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weight = self.weight()
+        assert weight is not None  # the module that is being pickled holds it
+        return _unpickle_weight, (weight.detach().view(torch.uint8),)
+
+
+_pickled = WeakIdKeyDictionary()
+
+
+def _unpickle_weight(data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data.view(ELEMENT_DTYPE), requires_grad=False)
 
 
 def _apply_to_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

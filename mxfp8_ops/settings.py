@@ -20,10 +20,8 @@ _environment = getattr(os.environ, "_data", {})
 _encode = getattr(os.environ, "encodekey", str)
 _KEYS = tuple(_encode(name) for name in DEQUANT_AT_LOAD)
 
-compile_epoch = 0
-"""Part of what compiled graphs are guarded on; see ``invalidate_compiled``."""
-compile_switch: object = None
-"""Process-wide lowering options (set by ``lowering.enable``), guarded on as well."""
+_epoch = 0
+_compile_options = ""
 
 
 def dequant_at_load(override: bool | None = None) -> bool | None:
@@ -51,13 +49,22 @@ def dequant_at_load(override: bool | None = None) -> bool | None:
 
 def guard_compiled_graph() -> None:
     """Called while Dynamo traces an operator: reads whatever the compilation depends on, so that Dynamo
-    guards the graph on it. Does nothing in eager mode.
+    guards the graph on it. (A value must be compared: what is only read, Dynamo does not guard.) Does
+    nothing in eager mode.
     """
     if torch.compiler.is_compiling():
-        _ = [_environment.get(key) for key in _KEYS], compile_epoch, compile_switch
+        for key in _KEYS:
+            _environment.get(key)
+        _ = _epoch == 0, _compile_options == ""
 
 
 def invalidate_compiled() -> None:
     """Makes every compiled graph that calls this package's functions be compiled again at its next call."""
-    global compile_epoch
-    compile_epoch += 1
+    global _epoch
+    _epoch += 1
+
+
+def set_compile_options(*options: object) -> None:
+    """Records process-wide lowering options; graphs compiled under others are compiled again."""
+    global _compile_options
+    _compile_options = repr(options)
