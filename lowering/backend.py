@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +20,6 @@ from .graph import recognise_all
 from .hoist import Hoist
 from .report import GraphReport
 from .text import graph_text
-
-_lowering: ContextVar[bool] = ContextVar("mxfp8_lowering", default=False)
 
 
 @dataclass(frozen=True)
@@ -93,21 +89,7 @@ def lower(
     graph_report.weights, graph_report.constants = hoist.weights, hoist.constants
     report.publish(graph_report)
     own = passes.LowerPass(fold)
-    with _inside():
+    with passes.lowering():
         compiled = inductor(folded.gm, folded.inputs, config_patches=passes.install(patches, compat.POST_GRAD, own))
     report.log_graph(graph_report)
     return FrozenCall.around(folded.wrap(compiled), gm, graph_report)
-
-
-@contextlib.contextmanager
-def _inside() -> Iterator[None]:
-    token = _lowering.set(True)
-    try:
-        yield
-    finally:
-        _lowering.reset(token)
-
-
-def is_lowering() -> bool:
-    """Whether this thread is inside ``lower``, whose graphs need no second round."""
-    return _lowering.get()

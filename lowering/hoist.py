@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import compat, store
+from . import compat, released, store
 from .graph import (
     StaticView,
     arguments,
@@ -175,7 +175,7 @@ class Hoist:
             return
         for origin in self._origins(level, request):
             name = self._name(origin) if origin else str(use.weight)
-            if origin and store.is_released(self._example(origin.weight.leaf)):
+            if origin and released.is_released(self._example(origin.weight.leaf)):
                 raise ValueError(
                     f"{name} was released (release_quantized=True), and this graph would read it ({reason}): "
                     "compile it with the flag on, or load the model again"
@@ -209,7 +209,7 @@ class Hoist:
         if not compat.is_static_input(leaf):
             return "an argument of the call, neither parameter nor buffer"
         tensor = self._example(leaf)
-        if type(tensor) not in (Tensor, torch.nn.Parameter, store.ReleasedParameter, store.ReleasedTensor):
+        if type(tensor) not in (Tensor, torch.nn.Parameter, released.ReleasedParameter, released.ReleasedTensor):
             return f"a {type(tensor).__name__}, not a plain tensor with data"
         if tensor.is_inference():
             return "made in inference mode: without a version counter a change could not be seen"
@@ -246,14 +246,14 @@ class Hoist:
         values = []
         for position, slot in enumerate(self.slots):
             weight, scale = (self.example_inputs[i] for i in (slot.weight_index, slot.scale_index))
-            size = (store.nbytes(weight), store.nbytes(scale))
+            size = (released.nbytes(weight), released.nbytes(scale))
             entry = slot.fetch(weight, scale)
             assert entry.value is not None
             values.append(entry.value)
             needed = {other.weight_index for other in self.slots[position + 1 :]} | set(kept_inputs)
             if self.release and slot.weight_index not in needed:
-                entry.release()
-            self._report_folded(self._name(slot.request), entry.value, *size, store.nbytes(weight))
+                store.release(weight)
+            self._report_folded(self._name(slot.request), entry.value, *size, released.nbytes(weight))
         return values
 
     # --- names and reports ------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ so neither an upgrade nor a flag flipped between two processes can find the othe
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +70,8 @@ class RecognisePass(Mxfp8Pass):
     def __call__(self, graph: fx.Graph) -> None:
         gm, inputs = graph.owning_module, graph.find_nodes(op="placeholder")
         recognise(graph)
-        if gm is None or not all(hasattr(node, "_dynamo_source") for node in inputs):
-            return  # the sub-graph of a higher-order operator: reported with the graph that calls it
+        if gm is None or is_lowering() or not all(hasattr(node, "_dynamo_source") for node in inputs):
+            return  # reported already, or the sub-graph of an operator: reported with the graph that calls it
         graph_report = GraphReport(before=graph_text(gm))
         hoist = Hoist(gm, [None] * len(inputs), _ONLY_FREEZING if self.fold else FLAG_IS_OFF, release=False)
         hoist.run()
@@ -85,6 +88,24 @@ class LowerPass(Mxfp8Pass):
         graph_report = report.current()
         if graph_report is not None and graph.owning_module is not None:
             graph_report.post_grad.append(graph_text(graph.owning_module))
+
+
+_lowering: ContextVar[bool] = ContextVar("mxfp8_lowering", default=False)
+
+
+@contextlib.contextmanager
+def lowering() -> Iterator[None]:
+    """Around the compilation of a graph that ``backend.lower`` has already seen to."""
+    token = _lowering.set(True)
+    try:
+        yield
+    finally:
+        _lowering.reset(token)
+
+
+def is_lowering() -> bool:
+    """Whether this thread compiles such a graph, which needs no second round and no second report."""
+    return _lowering.get()
 
 
 def active() -> LowerPass | None:

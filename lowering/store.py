@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxfp8_ops.convert import dequant_bounded
+
+from . import released
 
 View = Callable[[Tensor], Tensor]
 Key = tuple[int, int, str, torch.dtype]
@@ -69,18 +70,6 @@ class Entry:
                 self.value = dequant_bounded(packed, scales, self.dtype, out=reusable)
                 self.seen = seen
 
-    def release(self) -> int:
-        """Frees the packed bytes of the weight and returns how many; 0 if they cannot be freed now."""
-        weight, scale = self.weight(), self.scale()
-        if weight is None or scale is None or self.released:
-            return 0
-        with _lock:
-            freed = weight.nbytes
-            _release(weight)
-            weight.mxfp8_entry = self  # type: ignore[attr-defined]
-            self.released, self.seen = True, (scale._version, scale.data_ptr())
-        return freed
-
     def _drop(self, _: object) -> None:
         self.value = None
 
@@ -95,7 +84,7 @@ def entry(weight: Tensor, scale: Tensor, weight_view: View, scale_view: View, vi
     with _lock:
         found = _entries.get(key)
         if found is None or found.weight() is not weight or found.scale() is not scale:
-            if is_released(weight):
+            if released.is_released(weight):
                 raise ValueError(
                     f"an MXFP8 weight of shape {list(weight.shape)} was released (release_quantized=True) and "
                     f"cannot be dequantized again as {dtype}: compile every dtype before releasing, or keep it"
@@ -106,6 +95,20 @@ def entry(weight: Tensor, scale: Tensor, weight_view: View, scale_view: View, vi
         return found
 
 
+def release(weight: Tensor) -> None:
+    """Frees the packed bytes of ``weight``. Its entries now live as long as it does: nothing could make them
+    again.
+    """
+    with _lock:
+        entries = [found for key, found in list(_entries.items()) if key[0] == id(weight) and found.weight() is weight]
+        released.release(weight)
+        for each in entries:
+            scale = each.scale()
+            each.released = True
+            each.seen = None if scale is None else (scale._version, scale.data_ptr())
+        weight.mxfp8_entries = entries  # type: ignore[attr-defined]
+
+
 def expire(tensors: Iterable[Tensor]) -> None:
     """Makes every entry made from one of ``tensors`` dequantize again at its next use."""
     ids = {id(tensor) for tensor in tensors}
@@ -113,70 +116,3 @@ def expire(tensors: Iterable[Tensor]) -> None:
         for (weight, scale, _, _), found in list(_entries.items()):
             if (weight in ids or scale in ids) and not found.released:
                 found.seen = None
-
-
-# --- released weights ------------------------------------------------------------------------------------
-
-
-def _metadata_getters() -> frozenset[Any]:
-    properties = [
-        "shape",
-        "dtype",
-        "device",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "layout",
-        "ndim",
-        "_version",
-    ]
-    properties += ["is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "nbytes", "itemsize"]
-    methods = ["stride", "dim", "size", "numel", "element_size", "is_contiguous", "is_floating_point", "is_complex"]
-    methods += ["is_inference", "get_device", "__len__", "__hash__", "storage_offset", "ndimension", "requires_grad_"]
-    getters = {getattr(torch.Tensor, name).__get__ for name in properties}
-    return frozenset(getters | {getattr(torch.Tensor, name) for name in methods})
-
-
-_METADATA = _metadata_getters()
-
-
-class Released:
-    """A weight whose bytes are gone: it still has its shape, anything that would read it raises."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling() or func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise ValueError(
-            "this MXFP8 weight was released after it was folded into a compiled graph (release_quantized=True): "
-            f"{getattr(func, '__name__', func)} cannot read it; call the compiled model, or load the weight again"
-        )
-
-
-class ReleasedParameter(Released, nn.Parameter):
-    """A released Parameter."""
-
-
-class ReleasedTensor(Released, Tensor):
-    """A released buffer or plain tensor."""
-
-
-def is_released(tensor: object) -> bool:
-    """Whether ``release_quantized=True`` freed the bytes of this tensor."""
-    return isinstance(tensor, Released)
-
-
-def _release(weight: Tensor) -> None:
-    # Same shape, strides, dtype and device on no memory: compiled graphs are guarded on those. Other tensors
-    # on the old storage keep it. torch would crash on reading the null pointer, so the class forbids it.
-    empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
-    empty.untyped_storage().resize_(0)
-    weight.data = empty
-    weight.__class__ = ReleasedParameter if isinstance(weight, nn.Parameter) else ReleasedTensor
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements, 0 once it was released."""
-    return 0 if is_released(tensor) else tensor.nbytes

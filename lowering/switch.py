@@ -30,7 +30,7 @@ class _Patch:
 
     def __call__(self, model_: Any, example_inputs_: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         options = self.options
-        if options is None or backend.is_lowering() or not isinstance(model_, fx.GraphModule):
+        if options is None or passes.is_lowering() or not isinstance(model_, fx.GraphModule):
             return self.original(model_, example_inputs_, *args, **kwargs)
         patches = dict(kwargs.pop("config_patches", None) or {})
 

@@ -106,7 +106,9 @@ class Mxfp8Linear(nn.Module):
         """Brings checkpoint tensors to their bytes first: the copy that follows would convert numerically,
         and ``uint8.copy_(float8_e8m0fnu)`` turns bytes 110..126 into 0 without an error.
         """
-        error_messages = args[-1]
+        local_metadata, *_, error_messages = args
+        if not local_metadata.get("assign_to_params_buffers", False):
+            self.weight.detach()  # a released weight raises here, before its scale is overwritten
         packed = {}
         for name, dtype in (("weight", ELEMENT_DTYPE), ("weight_scale", SCALE_DTYPE)):
             tensor = state_dict.get(prefix + name)

@@ -175,8 +175,7 @@ model, x = Chain(), rows()
 with torch.no_grad(), report.capture() as graphs:
     result = torch.compile(model, backend="mxfp8", fullgraph=True)(x)
 assert torch.equal(result, model(x))
-from torch._dynamo.utils import counters
-print({{w.action for g in graphs for w in g.weights}}, counters["inductor"]["fxgraph_cache_hit"], len(graphs[0].post_grad))
+print({{w.action for g in graphs for w in g.weights}}, len(graphs[0].post_grad))
 """
 
 
@@ -191,7 +190,7 @@ def run_program(cache: Path, flag: str, packages: Path = ROOT) -> str:
 
 
 def test_processes_that_share_a_cache_share_nothing_else(tmp_path: Path) -> None:
-    off, on = "{'kept'} 0 1", "{'folded'} 0 1"
+    off, on = "{'kept'} 1", "{'folded'} 1"
     assert run_program(tmp_path, "0") == off
     assert run_program(tmp_path, "1") == on
     # A cached graph is not generated again, and belongs to its own flag.

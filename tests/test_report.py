@@ -1,0 +1,111 @@
+"""The report says what happened to every weight."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import torch
+from models import Chain, folding, layer, rows
+from torch import Tensor, nn
+
+from lowering import report
+from lowering.report import WeightReport
+
+
+def reported(model: nn.Module, x: Tensor, **options: bool) -> list[WeightReport]:
+    with report.capture() as graphs:
+        torch.compile(model, backend=folding(**options), fullgraph=True)(x)
+    return report.distinct(graphs)
+
+
+def test_every_weight_has_name_shape_action_reason_and_bytes() -> None:
+    model = Chain()
+    packed = {name: 64 * n + 2 * n for name, n in (("up", 64), ("down", 32))}
+    assert reported(model, rows()) == [
+        WeightReport("up.weight", (64, 64), "kept", "the flag is not on", packed["up"], packed["up"]),
+        WeightReport("down.weight", (32, 64), "kept", "the flag is not on", packed["down"], packed["down"]),
+    ]
+    assert reported(model, rows(), dequant_at_load=True) == [
+        WeightReport("up.weight", (64, 64), "folded", "dequantized to bfloat16", packed["up"], packed["up"] + 8192),
+        WeightReport(
+            "down.weight", (32, 64), "folded", "dequantized to bfloat16", packed["down"], packed["down"] + 4096
+        ),
+    ]
+
+
+def test_second_dtype_of_a_weight_is_added_to_its_row() -> None:
+    packed = layer(bias=False)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = packed
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.inner(x), self.inner(x.float())]
+
+    (weight,) = reported(Both(), rows(), dequant_at_load=True)
+    assert weight.reason == "dequantized to bfloat16, float32"
+    assert weight.bytes_after == weight.bytes_before + packed.weight.numel() * (2 + 4)
+
+
+def test_names_are_paths_in_the_model_whatever_holds_it() -> None:
+    model = nn.ModuleDict({"stem": nn.Identity(), "blocks": nn.ModuleList([layer(64, 64), layer()])})
+
+    def run(x: Tensor) -> Tensor:
+        return model["blocks"][1](model["blocks"][0](x))
+
+    assert [weight.name for weight in reported(run, rows())] == ["model.blocks.0.weight", "model.blocks.1.weight"]
+    names = [weight.name for weight in reported(nn.Sequential(*model["blocks"]), rows())]
+    assert names == ["0.weight", "1.weight"]
+
+
+def test_captures_nest_and_see_other_threads() -> None:
+    with report.capture() as outer:
+        with report.capture() as inner:
+            thread = threading.Thread(target=lambda: reported(layer(), rows()))
+            thread.start()
+            thread.join()
+        reported(layer(48, 96), rows(5, 96))
+    assert (len(inner), len(outer)) == (1, 2)
+    assert report.recent()[-2:] == outer
+
+
+def test_table_is_plain_text_with_totals() -> None:
+    table = report.format_table(
+        [
+            WeightReport("up.weight", (64, 32), "folded", "dequantized to bfloat16", 2112, 6208),
+            WeightReport("down.weight", (7, 32), "kept", "the flag is not on", 231, 231),
+        ]
+    )
+    assert table.splitlines() == [
+        "weight            shape  action  bytes before  bytes after  reason",
+        "----------------  -----  ------  ------------  -----------  -----------------------",
+        "up.weight         64x32  folded         2,112        6,208  dequantized to bfloat16",
+        "down.weight       7x32   kept             231          231  the flag is not on",
+        "----------------  -----  ------  ------------  -----------  -----------------------",
+        "total: 2 weights                        2,343        6,439",
+    ]
+
+
+def test_torch_logs_show_one_line_a_weight() -> None:
+    program = """
+import torch, mxfp8_ops
+model = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32))
+torch.compile(model, backend="mxfp8", options={"dequant_at_load": True})(torch.eye(32))
+"""
+    environment = dict(os.environ, TORCH_LOGS="+lowering")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "folded weight [32, 32]: 1056 -> 5152 bytes (dequantized to float32)" in done.stderr
+
+
+def test_graph_text_numbers_nodes_and_names_inputs_after_parameters() -> None:
+    with report.capture() as graphs:
+        torch.compile(Chain(), backend=folding(), fullgraph=True)(rows())
+    lines = graphs[0].after.splitlines()
+    assert "linear: bf16[5, 64] = mxfp8.linear(x, up.weight, up.weight_scale, up.bias)" in lines
+    assert "linear_1: bf16[5, 32] = mxfp8.linear(to, down.weight, down.weight_scale, down.bias)" in lines
