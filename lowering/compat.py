@@ -154,8 +154,12 @@ def source_name(node: fx.Node) -> str:
     return source.name() if callable(source.name) else source.name
 
 
-def fake(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without data in the fake mode of the compilation under way, or itself outside of one."""
+def static_fake(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without data in the fake mode of the compilation under way, or itself outside of one.
+
+    Its sizes are constants, and stay so for as long as this fake lives: when AOTAutograd meets the tensor it
+    finds this fake. Left to itself it would make the sizes symbols, which Dynamo has no guard for.
+    """
     context = torch._guards.TracingContext.try_get()
     if context is None or context.fake_mode is None:
         return tensor

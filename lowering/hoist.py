@@ -243,13 +243,14 @@ class Hoist:
 
     def _make_values(self, kept_inputs: list[int]) -> list[Tensor]:
         """Dequantizes slot by slot; a packed weight is released before the next one is made."""
-        values = []
+        values, appended = [], list(self.top.added.values())
         for position, slot in enumerate(self.slots):
             weight, scale = (self.example_inputs[i] for i in (slot.weight_index, slot.scale_index))
             size = (released.nbytes(weight), released.nbytes(scale))
             entry = slot.fetch(weight, scale)
             assert entry.value is not None
             values.append(entry.value)
+            appended[position].meta["example_value"] = compat.static_fake(entry.value)
             needed = {other.weight_index for other in self.slots[position + 1 :]} | set(kept_inputs)
             if self.release and slot.weight_index not in needed:
                 store.release(weight)
