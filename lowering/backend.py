@@ -63,12 +63,16 @@ def mxfp8(
     inductor_options = dict(options or {})
     names = Options.__dataclass_fields__.keys() & inductor_options.keys()
     ours = Options(**{name: inductor_options.pop(name) for name in names})
-    inductor = compat.inductor(mode, inductor_options)
-    return lower(gm, example_inputs, ours, inductor.config, inductor)
+    patches, compile_graph = compat.inductor(mode, inductor_options)
+    return lower(gm, example_inputs, ours, patches, compile_graph)
 
 
 def lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, patches: dict[str, Any], inductor: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    patches: dict[str, Any],
+    compile_graph: compat.Compile,
 ) -> Callable[..., Any]:
     """Recognises, folds and reports one Dynamo graph, and compiles what results.
 
@@ -77,7 +81,7 @@ def lower(
         example_inputs: one for each of its placeholders.
         options: ours.
         patches: the caller's patches of Inductor's configuration.
-        inductor: ``(gm, example_inputs, config_patches=...)``, returns the compiled graph.
+        compile_graph: Inductor.
     """
     fold = settings.dequant_at_load(options.dequant_at_load) is True
     graph_report = GraphReport(before=graph_text(gm))
@@ -90,6 +94,6 @@ def lower(
     report.publish(graph_report)
     own = passes.LowerPass(fold)
     with passes.lowering():
-        compiled = inductor(folded.gm, folded.inputs, config_patches=passes.install(patches, compat.POST_GRAD, own))
+        compiled = compile_graph(folded.gm, folded.inputs, passes.install(patches, compat.POST_GRAD, own))
     report.log_graph(graph_report)
     return FrozenCall.around(folded.wrap(compiled), gm, graph_report)

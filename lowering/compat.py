@@ -5,13 +5,16 @@ which form. Read against torch 2.11 and 2.13.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+Compile = Callable[[fx.GraphModule, Sequence[Any], dict[str, Any]], Callable[..., Any]]
+"""Compiles a graph for example inputs, under patches of Inductor's configuration."""
 
 PRE_GRAD = "pre_grad_custom_pass"
 POST_GRAD = "post_grad_custom_post_pass"
@@ -67,13 +70,18 @@ def run_pre_grad_on_every_compile() -> dict[str, Any]:
 # --- Inductor as a backend -------------------------------------------------------------------------------
 
 
-def inductor(mode: str | None, options: dict[str, Any]) -> Any:
-    """What ``torch.compile`` itself calls for this mode and these options: ``(gm, inputs, config_patches=)``,
-    with the patches it applies of itself as ``.config``.
+def inductor(mode: str | None, options: dict[str, Any]) -> tuple[dict[str, Any], Compile]:
+    """What ``torch.compile`` itself does for this mode and these options: the patches of Inductor's
+    configuration that they stand for, and a function that compiles a graph under such patches.
     """
     wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
     wrapper.apply_options(options)
-    return wrapper
+
+    def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Any:
+        wrapper.config = config_patches  # torch 2.11 takes no patches in the call
+        return wrapper(gm, inputs)
+
+    return wrapper.config, compile_graph
 
 
 def compile_fx_module() -> Any:
@@ -83,7 +91,14 @@ def compile_fx_module() -> Any:
     return torch._inductor.compile_fx
 
 
-# --- what Dynamo tells of a graph's inputs ---------------------------------------------------------------
+# --- what Dynamo is doing, and what it tells of a graph's inputs -------------------------------------------
+
+
+def is_tracing() -> bool:
+    """Whether Dynamo is at work in this thread, as opposed to a compiled or an eager call. Until torch 2.11
+    ``torch.compiler.is_compiling()`` says so only to the code that is traced.
+    """
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -11,25 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import compat
+
 
 def _metadata_getters() -> frozenset[Any]:
-    properties = [
-        "shape",
-        "dtype",
-        "device",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "layout",
-        "ndim",
-        "_version",
-    ]
-    properties += ["is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "nbytes", "itemsize"]
-    methods = ["stride", "dim", "size", "numel", "element_size", "is_contiguous", "is_floating_point", "is_complex"]
-    methods += ["is_inference", "get_device", "__len__", "__hash__", "storage_offset", "ndimension", "requires_grad_"]
-    getters = {getattr(torch.Tensor, name).__get__ for name in properties}
-    return frozenset(getters | {getattr(torch.Tensor, name) for name in methods})
+    """The functions of Tensor that read no data, as ``__torch_function__`` sees them."""
+    flags = [name for name in dir(Tensor) if name.lstrip("_").startswith("is_")]
+    names = set(flags) - {"is_nonzero", "is_pinned", "is_shared", "is_set_to"}
+    names |= {"shape", "ndim", "dtype", "device", "layout", "nbytes", "itemsize", "_version"}
+    names |= {"requires_grad", "requires_grad_", "grad", "grad_fn", "__len__", "__hash__", "get_device"}
+    names |= {"size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset"}
+    functions = [getattr(Tensor, name) for name in names]
+    return frozenset(function if callable(function) else function.__get__ for function in functions)
 
 
 _METADATA = _metadata_getters()
@@ -40,7 +33,7 @@ class Released:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling() or func in _METADATA:
+        if compat.is_tracing() or func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise ValueError(

@@ -74,7 +74,7 @@ def quantize_(
     summary = []
     while selected:
         linear = next(iter(selected))
-        name, shape, before = selected.pop(linear), tuple(linear.weight.shape), linear.weight.nbytes
+        name, (shape, before) = selected.pop(linear), _shape_and_bytes(linear)
         if linear in left:
             summary.append(LayerSummary(name, shape, "left", left[linear], before, before))
             continue
@@ -111,6 +111,7 @@ def dequantize_at_load_(
         return []
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
     once = _OncePerKey((packed.weight, packed.weight_scale) for packed in layers)
+    biases = _OncePerKey((packed.bias,) for packed in layers if packed.bias is not None)
     places = _places(model)
     summary = []
     while layers:
@@ -118,8 +119,9 @@ def dequantize_at_load_(
         name, shape = layers.pop(packed), tuple(packed.weight.shape)
         before = packed.weight.nbytes + packed.weight_scale.nbytes
         weight = once.get((packed.weight, packed.weight_scale), _dequantized, dtype)
+        bias = None if packed.bias is None else biases.get((packed.bias,), _cast_bias, dtype)
         summary.append(LayerSummary(name, shape, "dequantized", "", before, weight.nbytes))
-        _swap(places, packed, _dense_linear(packed, weight))
+        _swap(places, packed, _dense_linear(packed, weight, bias))
         del packed  # its bytes go before the next layer is made
     return summary
 
@@ -173,12 +175,22 @@ def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> nn.Parame
     return nn.Parameter(dequant_bounded(weight, scale, dtype), requires_grad=False)
 
 
-def _dense_linear(packed: Mxfp8Linear, weight: nn.Parameter) -> nn.Linear:
+def _cast_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return bias if bias.dtype == dtype else nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
+
+
+def _dense_linear(packed: Mxfp8Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     linear.weight = weight
-    if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.detach().to(weight.dtype), requires_grad=packed.bias.requires_grad)
+    if bias is not None:
+        linear.bias = bias
     return linear.train(packed.training)
+
+
+def _shape_and_bytes(linear: nn.Linear) -> tuple[tuple[int, ...], int]:
+    if nn.parameter.is_lazy(linear.weight):
+        return (linear.out_features, linear.in_features), 0
+    return tuple(linear.weight.shape), linear.weight.nbytes
 
 
 def _left_alone(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[nn.Module, str]:
@@ -204,7 +216,7 @@ def _left_alone(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[nn.Mod
     while changed:  # a linear that stays keeps every other layer on its weight as well
         changed = False
         for linear in selected:
-            for user, name in users[linear.weight]:
+            for user, name in users.get(linear.weight, ()):  # a parametrized weight is made anew each time
                 if linear not in left and (user not in selected or user in left):
                     left[linear] = f"its weight is shared with {name}, which is not quantized"
                     changed = True

@@ -81,6 +81,8 @@ class EmulationMxfp8LinearKernel(Mxfp8LinearKernel):
         if _is_dense(layer.weight):
             return
         weight = layer.weight.detach()
+        if weight.dim() != 2:
+            raise ValueError(f"the weight of a linear must be [N, K], got {list(weight.shape)}")
         n, k = weight.shape
         scale = scale_bytes(layer.weight_scale.detach())
         scale = scale[:n, : k // BLOCK_SIZE] if scale.dim() == 2 else scale

@@ -61,7 +61,8 @@ class Mxfp8Linear(nn.Module):
         check_pair(weight, scale)
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad  # kept: layers may share it
+        self.weight = weight if frozen else nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale", scale)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
@@ -101,6 +102,13 @@ class Mxfp8Linear(nn.Module):
         """Plain pickle cannot take a float8 tensor: the weight goes as its bytes."""
         parameters = {**self._parameters, "weight": _PickledWeight.of(self.weight)}
         return {**self.__dict__, "_parameters": parameters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """``copy.copy`` hands over the state as it is, unlike pickle and ``copy.deepcopy``."""
+        weight = state["_parameters"]["weight"]
+        if isinstance(weight, _PickledWeight):
+            state["_parameters"]["weight"] = weight.weight()
+        super().__setstate__(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Brings checkpoint tensors to their bytes first: the copy that follows would convert numerically,

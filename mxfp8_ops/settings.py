@@ -10,15 +10,10 @@ import os
 
 import torch
 
-DEQUANT_AT_LOAD = ("MXFP8_DEQUANT_AT_LOAD", "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD")
+from . import environment
+from .environment import DEQUANT_AT_LOAD
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-# The mapping behind os.environ. Dynamo reads os.environ itself as a constant, without a guard; of a plain
-# dict it guards the keys it saw, so a compiled graph is looked up again when the flag is flipped.
-_environment = getattr(os.environ, "_data", {})
-_encode = getattr(os.environ, "encodekey", str)
-_KEYS = tuple(_encode(name) for name in DEQUANT_AT_LOAD)
 
 _epoch = 0
 _compile_options = ""
@@ -53,9 +48,7 @@ def guard_compiled_graph() -> None:
     nothing in eager mode.
     """
     if torch.compiler.is_compiling():
-        for key in _KEYS:
-            _environment.get(key)
-        _ = _epoch == 0, _compile_options == ""
+        _ = environment.words == "", _epoch == 0, _compile_options == ""
 
 
 def invalidate_compiled() -> None:

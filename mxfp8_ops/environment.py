@@ -1,0 +1,18 @@
+"""The environment variables of ``settings`` in a form that Dynamo guards.
+
+Dynamo reads ``os.environ`` as a constant, without a guard, and guards any plain dict on its length, so that
+every new variable would compile everything again. An attribute of a module it guards by reading it again and
+comparing, and a module may compute its attributes.
+"""
+
+from __future__ import annotations
+
+import os
+
+DEQUANT_AT_LOAD = ("MXFP8_DEQUANT_AT_LOAD", "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD")
+
+
+def __getattr__(name: str) -> str:
+    if name == "words":  # one string: of a list Dynamo would guard the length and what it has seen used
+        return repr([os.environ.get(variable) for variable in DEQUANT_AT_LOAD])
+    raise AttributeError(name)

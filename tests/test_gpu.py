@@ -1,0 +1,130 @@
+"""The same bits on a CUDA device as on the CPU, on every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import all_codes, assert_same, exact_linear_inputs, expected_from_float64
+from models import Chain, layer, rows
+from torch import Tensor, nn
+
+import mxfp8_ops
+from lowering import released, report
+from mxfp8_ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FLAGS = pytest.mark.parametrize("flag", [True, False], ids=["on", "off"])
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def test_every_code_is_exact_on_the_device() -> None:
+    weight, scale = all_codes()
+    for dtype in DTYPES:
+        actual = mxfp8_ops.dequant(weight.cuda(), scale.cuda(), dtype)
+        assert_same(actual.cpu(), expected_from_float64(weight, scale, dtype))
+
+
+@FLAGS
+def test_every_code_is_exact_in_compiled_graphs(flag: bool) -> None:
+    weight, scale = all_codes()
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.cuda(), requires_grad=False)
+    module.register_buffer("scale", scale.cuda())
+
+    def model(one: Tensor) -> list[Tensor]:
+        return [mxfp8_ops.dequant(module.weight, module.scale, dtype) * one.to(dtype) for dtype in DTYPES]
+
+    compiled = torch.compile(model, backend="mxfp8", options={"dequant_at_load": flag}, fullgraph=True)
+    for actual in compiled(torch.ones((), device="cuda")):
+        assert_same(actual.cpu(), expected_from_float64(weight, scale, actual.dtype))
+
+
+@pytest.mark.parametrize("rule", ["rceil", "floor"])
+def test_quantize_gives_the_bytes_of_the_cpu(rule: str) -> None:
+    for dtype in DTYPES:
+        x = (torch.randn(64, 128) * torch.logspace(-40, 30, 64)[:, None]).to(dtype)
+        x[3, 7], x[5, 40], x[6] = torch.nan, torch.inf, 0
+        for actual, expected in zip(mxfp8_ops.quantize(x.cuda(), rule), mxfp8_ops.quantize(x, rule), strict=True):
+            assert_same(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@FLAGS
+def test_linear_over_shapes_equals_the_cpu_reference(flag: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", "1" if flag else "0")
+    for n, k in ((1, 32), (7, 96), (64, 288)):
+        for m in (1, 3, 17):
+            x, weight, scale, bias = exact_linear_inputs(m, n, k, torch.bfloat16)
+            expected = reference.linear(x, weight, scale, bias)
+            model = mxfp8_ops.Mxfp8Linear.from_quantized(weight, scale, bias).cuda()
+            with torch.no_grad():
+                compiled = torch.compile(model, backend="mxfp8", mode=mode, fullgraph=True)
+                for _ in range(3):  # CUDA graphs are recorded at the second call
+                    assert_same(compiled(x.cuda()).cpu(), expected)
+                assert_same(model(x.cuda()).cpu(), expected)
+            torch._dynamo.reset()
+
+
+def test_folded_weights_are_static_inputs_that_cuda_graphs_do_not_copy() -> None:
+    model, x = Chain().cuda(), rows().cuda()
+    with torch.no_grad():
+        compiled = torch.compile(
+            model, backend="mxfp8", options={"dequant_at_load": True, "triton.cudagraphs": True}, fullgraph=True
+        )
+        for _ in range(3):
+            expected = compiled(x).clone()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            compiled(x)
+            torch.cuda.synchronize()
+        assert_same(expected.cpu(), Chain()(rows()))
+        model.up.weight_scale.add_(1)  # a replay sees a refreshed weight
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_same(compiled(x).cpu(), model(x).cpu())
+    copies = [event for event in profile.events() if "Memcpy" in event.name or "copy" in event.name.lower()]
+    assert len(copies) <= 1, [event.name for event in copies]  # x itself
+
+
+def test_release_frees_the_packed_bytes_on_the_device() -> None:
+    model = layer(1024, 1024).cuda()
+    expected = model(rows(5, 1024).cuda())
+    before = torch.cuda.memory_allocated()
+    with report.capture() as graphs, torch.no_grad():
+        compiled = torch.compile(
+            model, backend="mxfp8", options={"dequant_at_load": True, "release_quantized": True}, fullgraph=True
+        )
+        actual = compiled(rows(5, 1024).cuda())
+    assert released.is_released(model.weight)
+    del actual
+    assert torch.cuda.memory_allocated() - before <= 2**20 + 2**16  # two bytes a weight instead of one
+    assert_same(compiled(rows(5, 1024).cuda()).cpu(), expected.cpu())
+    assert graphs[0].weights[0].bytes_after == 2 * 2**20 + 2**15
+
+
+@FLAGS
+def test_autocast_on_the_device(flag: bool) -> None:
+    model, x = layer(dtype=torch.float32).cuda(), rows(dtype=torch.float32).cuda()
+    compiled = torch.compile(model, backend="mxfp8", options={"dequant_at_load": flag}, fullgraph=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cuda", dtype):
+            assert_same(compiled(x), model(x))
+            assert model(x).dtype == dtype
+
+
+@FLAGS
+def test_freezing_on_the_device(flag: bool) -> None:
+    model, x = Chain().cuda(), rows().cuda()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True), report.capture() as graphs:
+        compiled = torch.compile(model, backend="mxfp8", options={"dequant_at_load": flag}, fullgraph=True)
+        assert_same(compiled(x).cpu(), Chain()(rows()))
+    assert {weight.action for weight in graphs[0].weights} == {"folded" if flag else "kept"}
+
+
+def test_devices_are_not_mixed() -> None:
+    weight, scale = all_codes()
+    with pytest.raises(ValueError, match="weight is on cuda:0, scale on cpu"):
+        mxfp8_ops.dequant(weight.cuda(), scale)
+    with pytest.raises(ValueError, match="x is on cpu, weight on cuda:0"):
+        mxfp8_ops.linear(torch.ones(1, 256), weight.cuda(), scale.cuda())
