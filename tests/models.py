@@ -15,7 +15,9 @@ from mxfp8_ops import Mxfp8Linear
 Compiled = Callable[..., Any]
 
 
-def layer(n: int = 48, k: int = 64, seed: int = 3, bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> Mxfp8Linear:
+def layer(
+    n: int = 48, k: int = 64, seed: int = 3, bias: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Mxfp8Linear:
     """One packed layer with small integers for weights; ``seed`` makes layers of one shape differ."""
     _, weight, scale, offset = exact_linear_inputs(seed, n, k, dtype)
     return Mxfp8Linear.from_quantized(weight, scale, offset if bias else None)

@@ -124,7 +124,7 @@ def test_keyword_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_flag_value_names_the_variable_at_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", "maybe")
-    with pytest.raises(Exception, match="MXFP8_DEQUANT_AT_LOAD must be .*'maybe'"):
+    with pytest.raises(Exception, match=r"MXFP8_DEQUANT_AT_LOAD must be .*'maybe'"):
         torch.compile(layer(), backend=folding(), fullgraph=True)(rows())
 
 
@@ -149,7 +149,9 @@ def test_weights_that_close_over_a_function_are_folded() -> None:
 
 
 def test_one_expert_of_a_stack_is_folded_by_itself() -> None:
-    weight, scale = (torch.stack(pair) for pair in zip(*[(e.weight, e.weight_scale) for e in map(seeded, range(3))]))
+    weight, scale = (
+        torch.stack(pair) for pair in zip(*[(e.weight, e.weight_scale) for e in map(seeded, range(3))], strict=True)
+    )
 
     def model(x: Tensor) -> Tensor:
         return mxfp8_ops.linear(x, weight[1], scale[1]) + mxfp8_ops.linear(x, weight[2], scale[2])

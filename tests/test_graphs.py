@@ -17,8 +17,10 @@ class TestCanonicalGraphs(TestCase):
         model = nn.Sequential(layer(48, 64), nn.ReLU())
         if flag is not None:
             compile_options = {"backend": "mxfp8", "options": {"dequant_at_load": flag}} | compile_options
-        with report.capture() as graphs, torch.no_grad(), torch._inductor.config.patch(
-            freezing=freezing, force_disable_caches=True
+        with (
+            report.capture() as graphs,
+            torch.no_grad(),
+            torch._inductor.config.patch(freezing=freezing, force_disable_caches=True),
         ):
             torch.compile(model, fullgraph=True, **compile_options)(rows(5, 64))
         (graph,) = graphs
@@ -26,67 +28,85 @@ class TestCanonicalGraphs(TestCase):
 
     def test_flag_off_keeps_one_opaque_linear_on_the_packed_weight(self) -> None:
         graph = self.graphs(False)
-        self.assertEqual(graph.before, graph.after)
-        self.assertExpectedInline(graph.after, """\
+        assert graph.before == graph.after
+        self.assertExpectedInline(
+            graph.after,
+            """\
 input 0.weight: f8e4m3fn[48, 64]
 input 0.weight_scale: u8[48, 2]
 input 0.bias: bf16[48]
 input args.0: bf16[5, 64]
 linear: bf16[5, 48] = mxfp8.linear(args.0, 0.weight, 0.weight_scale, 0.bias)
 relu: bf16[5, 48] = relu(linear, inplace=False)
-return (relu,)""")
-        self.assertExpectedInline(graph.post_grad[0], """\
+return (relu,)""",
+        )
+        self.assertExpectedInline(
+            graph.post_grad[0],
+            """\
 input arg0_1: f8e4m3fn[48, 64]
 input arg1_1: u8[48, 2]
 input arg2_1: bf16[48]
 input arg3_1: bf16[5, 64]
 linear: bf16[5, 48] = mxfp8.linear(arg3_1, arg0_1, arg1_1, arg2_1)
 relu: bf16[5, 48] = aten.relu(linear)
-return (relu,)""")
+return (relu,)""",
+        )
 
     def test_flag_on_makes_the_dequantized_weight_an_input(self) -> None:
         graph = self.graphs(True)
-        self.assertExpectedInline(graph.after, """\
+        self.assertExpectedInline(
+            graph.after,
+            """\
 input 0.bias: bf16[48]
 input args.0: bf16[5, 64]
 input 0.weight.dequantized: bf16[48, 64]
 linear: bf16[5, 48] = linear(args.0, 0.weight.dequantized, 0.bias)
 relu: bf16[5, 48] = relu(linear, inplace=False)
-return (relu,)""")
-        self.assertExpectedInline(graph.post_grad[0], """\
+return (relu,)""",
+        )
+        self.assertExpectedInline(
+            graph.post_grad[0],
+            """\
 input arg0_1: bf16[48]
 input arg1_1: bf16[5, 64]
 input arg2_1: bf16[48, 64]
 permute: bf16[64, 48] = aten.permute(arg2_1, [1, 0])
 addmm: bf16[5, 48] = aten.addmm(arg0_1, arg1_1, permute)
 relu: bf16[5, 48] = aten.relu(addmm)
-return (relu,)""")
+return (relu,)""",
+        )
 
     def test_flag_on_under_freezing_makes_it_a_constant(self) -> None:
         graph = self.graphs(True, freezing=True)
-        self.assertEqual(graph.before, graph.after)
-        self.assertExpectedInline(graph.post_grad[0], """\
+        assert graph.before == graph.after
+        self.assertExpectedInline(
+            graph.post_grad[0],
+            """\
 constant _frozen_param1: bf16[48]
 input arg3_1: bf16[5, 64]
 constant _frozen_param3: bf16[64, 48]
 addmm: bf16[5, 48] = aten.addmm(_frozen_param1, arg3_1, _frozen_param3)
 relu: bf16[5, 48] = aten.relu(addmm)
-return (relu,)""")
+return (relu,)""",
+        )
 
     def test_flag_off_under_freezing_keeps_the_packed_constants(self) -> None:
         graph = self.graphs(False, freezing=True)
-        self.assertExpectedInline(graph.post_grad[0], """\
+        self.assertExpectedInline(
+            graph.post_grad[0],
+            """\
 constant _frozen_param0: f8e4m3fn[48, 64]
 constant _frozen_param1: bf16[48]
 constant _frozen_param2: u8[48, 2]
 input arg3_1: bf16[5, 64]
 linear: bf16[5, 48] = mxfp8.linear(arg3_1, _frozen_param0, _frozen_param2, _frozen_param1)
 relu: bf16[5, 48] = aten.relu(linear)
-return (relu,)""")
+return (relu,)""",
+        )
 
     def test_options_under_freezing_give_the_graph_of_the_backend(self) -> None:
         graph = self.graphs(None, freezing=True, options=lowering.options(dequant_at_load=True))
-        self.assertEqual(graph.post_grad, self.graphs(True, freezing=True).post_grad)
+        assert graph.post_grad == self.graphs(True, freezing=True).post_grad
 
     def test_enabled_process_gives_the_graphs_of_the_backend(self) -> None:
         for flag in (True, False):
@@ -97,5 +117,5 @@ return (relu,)""")
                 finally:
                     lowering.disable()
                 backend = self.graphs(flag, freezing=freezing)
-                self.assertEqual((enabled.after, enabled.post_grad), (backend.after, backend.post_grad))
-                self.assertEqual(enabled.weights, backend.weights)
+                assert (enabled.after, enabled.post_grad) == (backend.after, backend.post_grad)
+                assert enabled.weights == backend.weights

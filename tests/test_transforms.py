@@ -112,10 +112,40 @@ def test_a_weight_that_wants_a_gradient_is_refused(call: str) -> None:
     }[call]
     with pytest.raises(ValueError, match=r"MXFP8 weight is frozen .*requires_grad_\(False\)"):
         function()
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="MXFP8 weight is frozen"):
+        torch.compile(function, backend="eager", fullgraph=True)()
     with torch.no_grad():
         expected = function()
     weight.requires_grad_(False)
     assert_same(function(), expected)
+
+
+def with_a_tangent(function: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(weight, weight))
+
+
+WITH_RESPECT_TO_THE_WEIGHT: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, w: grad(lambda w: f(w).sum())(w),
+    "vjp": lambda f, w: vjp(f, w),
+    "jacrev": lambda f, w: jacrev(f)(w),
+    "jvp": lambda f, w: jvp(f, (w,), (w,)),
+    "grad of vmap": lambda f, w: grad(lambda w: vmap(lambda c: c * f(w))(torch.ones(2)).sum())(w),
+    "vmap of grad": lambda f, w: vmap(grad(lambda w: f(w).sum()))(w.expand(2, *w.shape)),
+    "dual tensor": lambda f, w: with_a_tangent(f, w),
+}
+
+
+@pytest.mark.parametrize("call", ["linear", "dequant"])
+@pytest.mark.parametrize("transform", WITH_RESPECT_TO_THE_WEIGHT.values(), ids=WITH_RESPECT_TO_THE_WEIGHT)
+def test_no_transform_gives_a_silent_zero_for_the_weight(transform: Callable, call: str) -> None:
+    x, weight, scale, bias = exact_linear_inputs(3, 7, 96, torch.float32)
+    function = {
+        "linear": lambda w: mxfp8_ops.linear(x, w, scale, bias),
+        "dequant": lambda w: mxfp8_ops.dequant(w, scale, torch.float32),
+    }[call]
+    with pytest.raises(ValueError, match="MXFP8 weight is frozen and cannot have a gradient"):
+        transform(function, weight)
 
 
 def test_gradients_pass_through_the_compiler() -> None:
