@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +91,11 @@ def lower(
     hoist = Hoist(copy, example_inputs, "" if fold else passes.FLAG_IS_OFF, options.release_quantized)
     folded = hoist.run()
     graph_report.after = graph_text(folded.gm)
-    graph_report.weights, graph_report.constants = hoist.weights, hoist.constants
+    graph_report.weights = hoist.weights
+    graph_report.constants = [(each, weakref.ref(weight)) for each, weight, _ in hoist.constants]
     report.publish(graph_report)
     own = passes.LowerPass(fold)
     with passes.lowering():
         compiled = compile_graph(folded.gm, folded.inputs, passes.install(patches, compat.POST_GRAD, own))
     report.log_graph(graph_report)
-    return FrozenCall.around(folded.wrap(compiled), gm, graph_report)
+    return FrozenCall.around(folded.wrap(compiled), gm, hoist.constants)

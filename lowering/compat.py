@@ -126,6 +126,14 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
+def is_dynamo_graph(graph: fx.Graph) -> bool:
+    """Whether a graph is what Dynamo gave to the backend, as opposed to a sub-graph of it. On the CPU torch 2.11
+    traces graphs again before it freezes them, and what Dynamo knew of their nodes is lost.
+    """
+    known = all(hasattr(node, "_dynamo_source") for node in graph.find_nodes(op="placeholder"))
+    return known or not any("example_value" in node.meta for node in graph.nodes)
+
+
 def add_static_input(gm: fx.GraphModule, label: str, example: object) -> fx.Node:
     """Appends a placeholder, called ``label`` in reports. AOTAutograd counts it among the static inputs, as it
     does parameters: CUDA graphs then do not copy it. The marks are those Dynamo sets; a source of None is

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from mxfp8_ops import settings
 
 from . import compat
-from .report import FOLDED, GraphReport
+from .report import FOLDED, WeightReport
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,11 @@ class FrozenCall:
             _calls.add(self)
 
     @staticmethod
-    def around(compiled: Callable[..., Any], gm: fx.GraphModule, report: GraphReport) -> Callable[..., Any]:
+    def around(
+        compiled: Callable[..., Any], gm: fx.GraphModule, constants: list[tuple[WeightReport, Tensor, Tensor]]
+    ) -> Callable[..., Any]:
         """``compiled`` itself where freezing folded nothing."""
-        tensors = [tensor for each, *pair in report.constants if each.action == FOLDED for tensor in pair]
+        tensors = [tensor for each, *pair in constants if each.action == FOLDED for tensor in pair]
         tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # these have no version
         return FrozenCall(compiled, compat.copy_graph_module(gm), tensors) if tensors else compiled
 

@@ -52,7 +52,8 @@ class Use:
         for node in list(graph.nodes):
             if is_linear(node):
                 _, weight, scale = arguments(node, "x", "weight", "scale")
-                yield Use(node, weight, scale, value_of(node).dtype)  # under autocast not x's dtype
+                dtype = getattr(value_of(node), "dtype", torch.float32)  # under autocast not x's dtype
+                yield Use(node, weight, scale, dtype)
             elif is_dequant(node):
                 yield Use(node, *arguments(node, "weight", "scale", "dtype"))
 
@@ -273,6 +274,10 @@ class Hoist:
             return [request]
         return [each for site in level.sites for each in self._origins(site.caller, site.lift(level, request))]
 
+    def _value(self, node: fx.Node) -> Tensor:
+        value = value_of(node)  # torch 2.11 may have lost it, see compat.is_dynamo_graph
+        return value if value is not None else getattr(self.top.gm, str(node.target))
+
     def _report_folded(self, name: str, value: Tensor, packed: int, scale: int, still_packed: int) -> None:
         dtype = str(value.dtype).removeprefix("torch.")
         for each in self.weights:
@@ -285,8 +290,9 @@ class Hoist:
         self.weights.append(WeightReport(name, tuple(value.shape), FOLDED, reason, packed + scale, held))
 
     def _report_kept(self, name: str, use: Use, origin: Request | None, reason: str) -> WeightReport:
-        size = value_of(use.weight).nbytes + value_of(use.scale).nbytes
-        weight_report = WeightReport(name, tuple(value_of(use.weight).shape), KEPT, reason, size, size)
+        weight, scale = self._value(use.weight), self._value(use.scale)
+        size = weight.nbytes + scale.nbytes
+        weight_report = WeightReport(name, tuple(weight.shape), KEPT, reason, size, size)
         if origin and origin.weight.leaf.op == origin.scale.leaf.op == "get_attr":
             weight, scale = self._example(origin.weight.leaf), self._example(origin.scale.leaf)
             self.constants.append((weight_report, weight, scale))

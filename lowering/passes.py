@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -70,13 +71,14 @@ class RecognisePass(Mxfp8Pass):
     def __call__(self, graph: fx.Graph) -> None:
         gm, inputs = graph.owning_module, graph.find_nodes(op="placeholder")
         recognise(graph)
-        if gm is None or is_lowering() or not all(hasattr(node, "_dynamo_source") for node in inputs):
+        if gm is None or is_lowering() or not compat.is_dynamo_graph(graph):
             return  # reported already, or the sub-graph of an operator: reported with the graph that calls it
         graph_report = GraphReport(before=graph_text(gm))
         hoist = Hoist(gm, [None] * len(inputs), _ONLY_FREEZING if self.fold else FLAG_IS_OFF, release=False)
         hoist.run()
         graph_report.after = graph_text(gm)
-        graph_report.weights, graph_report.constants = hoist.weights, hoist.constants
+        graph_report.weights = hoist.weights
+        graph_report.constants = [(each, weakref.ref(weight)) for each, weight, _ in hoist.constants]
         report.publish(graph_report)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -59,14 +60,15 @@ class GraphReport:
     before: str = ""
     after: str = ""
     post_grad: list[str] = field(default_factory=list)
-    constants: list[tuple[WeightReport, Tensor, Tensor]] = field(default_factory=list, repr=False)
-    """Weights that Dynamo made constants of the graph, with weight and scale tensors: freezing may fold them."""
+    constants: list[tuple[WeightReport, weakref.ref[Tensor]]] = field(default_factory=list, repr=False)
+    """Weights that Dynamo made constants of the graph, which freezing may fold; weakly, a report keeps no model."""
 
     def mark_frozen(self, weight: Tensor, dequantized: Tensor) -> None:
         """Notes that freezing folded the constant ``weight`` into ``dequantized``."""
         dtype = str(dequantized.dtype).removeprefix("torch.")
-        for each, tensor, _ in self.constants:
-            if tensor is weight or tensor.data_ptr() == weight.data_ptr():
+        for each, ref in self.constants:
+            tensor = ref()
+            if tensor is not None and (tensor is weight or tensor.data_ptr() == weight.data_ptr()):
                 first = each.action != FOLDED
                 each.reason = f"frozen, dequantized to {dtype}" if first else f"{each.reason}, {dtype}"
                 each.action = FOLDED

@@ -52,6 +52,11 @@ class Mxfp8Linear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if in_features <= 0 or in_features % BLOCK_SIZE or out_features <= 0:
+            raise ValueError(
+                f"in_features must be a positive multiple of {BLOCK_SIZE} and out_features positive, "
+                f"got {in_features} and {out_features}"
+            )
         weight = torch.zeros(out_features, in_features, dtype=torch.uint8, device=device).view(ELEMENT_DTYPE)
         scale = torch.zeros(out_features, in_features // BLOCK_SIZE, dtype=SCALE_DTYPE, device=device)
         self._assign(weight, scale, torch.zeros(out_features, device=device, dtype=dtype) if bias else None)

@@ -145,7 +145,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _check_frozen(weight: Tensor) -> None:
-    if weight.requires_grad and torch.is_grad_enabled():
+    has_tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None
+    if has_tangent or (weight.requires_grad and torch.is_grad_enabled()):
         raise ValueError(
             "an MXFP8 weight is frozen and cannot have a gradient: call weight.requires_grad_(False), "
             "or train the unquantized weight"
@@ -159,6 +160,11 @@ def _linear_autograd(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
         return _Linear.apply(x, weight, scale, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return linear(x, weight, scale, bias)
+
+
+def _linear_functorch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check_frozen(weight)
+    return _Linear.apply(x, weight, scale, bias)
 
 
 def _dequant_autograd(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,7 +183,7 @@ _library.impl("dequant", _dequant_autograd, "Autograd")
 _library.impl("quantize", _quantize_autograd, "Autograd")
 # Under torch.func transforms an autograd.Function must meet the transform before the dispatcher does: from
 # inside the Autograd key the transform's own state is already gone, and apply() has no kernel to find.
-_library.impl("linear", _Linear.apply, "FuncTorchDynamicLayerFrontMode")
+_library.impl("linear", _linear_functorch, "FuncTorchDynamicLayerFrontMode")
 
 
 # --- autocast: x and bias are cast as F.linear would, the packed weight never is --------------------------

@@ -219,6 +219,15 @@ def test_weight_made_in_inference_mode_is_kept() -> None:
     assert found == ("kept", "made in inference mode: without a version counter a change could not be seen")
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_weight_that_requires_a_gradient_is_the_error_of_eager(flag: bool) -> None:
+    packed = layer()
+    packed.weight.requires_grad_(True)
+    for model in (packed, torch.compile(packed, backend="mxfp8", options={"dequant_at_load": flag}, fullgraph=True)):
+        with pytest.raises(Exception, match="an MXFP8 weight is frozen and cannot have a gradient"):
+            model(rows())
+
+
 def test_not_folded_dequant_is_one_loop_without_a_float32_tensor() -> None:
     packed = layer(64, 64)
 

@@ -115,9 +115,10 @@ def test_a_fresh_module_is_zero_until_it_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Mxfp8Linear(33, 5), "K=33"),
-        (lambda: Mxfp8Linear(0, 5), "K=0"),
-        (lambda: Mxfp8Linear(64, 0), "weight is empty"),
+        (lambda: Mxfp8Linear(33, 5), "multiple of 32 and out_features positive, got 33 and 5"),
+        (lambda: Mxfp8Linear(0, 5), "got 0 and 5"),
+        (lambda: Mxfp8Linear(-32, 5), "got -32 and 5"),
+        (lambda: Mxfp8Linear(64, 0), "got 64 and 0"),
         (lambda: Mxfp8Linear.from_quantized(torch.zeros(96).to(torch.float8_e4m3fn), torch.zeros(3)), r"\[N, K\]"),
         (lambda: Mxfp8Linear.from_float(torch.zeros(2, 7, 96)), r"\[N, K\], got \[2, 7, 96\]"),
         (lambda: Mxfp8Linear.from_linear(nn.Linear(33, 5)), "K=33"),
