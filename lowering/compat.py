@@ -67,6 +67,14 @@ def run_pre_grad_on_every_compile() -> dict[str, Any]:
     return {"pre_grad_pass_timing": "early"} if hasattr(torch._inductor.config, "pre_grad_pass_timing") else {}
 
 
+def autocast_state() -> tuple[Any, ...]:
+    """What autocast does on each device now. Until torch 2.11 AOTAutograd's cache keys know whether it is on,
+    but not its dtype, and a graph for one would be found for another; a pass's identity makes up for it.
+    """
+    devices = torch._C._autocast_supported_devices()
+    return tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
+
+
 # --- Inductor as a backend -------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Our passes in Inductor's slots: what they share (identity, flag) and the two of them.
 
-Every pass has a ``uuid`` made of this package's source and the flag: Inductor puts it into its cache keys,
-so neither an upgrade nor a flag flipped between two processes can find the other's artifact.
+Every pass has a ``uuid`` made of this package's source, the flag and autocast's state: Inductor puts it into
+its cache keys, so neither an upgrade nor a flag flipped between two processes finds the other's artifact.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Mxfp8Pass(CustomGraphPass):
         return settings.dequant_at_load(self.dequant_at_load) is True
 
     def uuid(self) -> Any:
-        return type(self).__name__, source_hash(), self.fold
+        return type(self).__name__, source_hash(), self.fold, compat.autocast_state()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.dequant_at_load == other.dequant_at_load

@@ -223,6 +223,14 @@ def test_pass_identity_covers_source_and_flag(monkeypatch: pytest.MonkeyPatch) -
     assert len({off, on, own.uuid(), passes.RecognisePass().uuid()}) == 4
 
 
+def test_graph_cached_under_one_autocast_dtype_is_not_found_under_another() -> None:
+    model, x = layer(dtype=torch.float32), rows(dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch._dynamo.reset()
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            assert_same(torch.compile(model, backend="mxfp8", fullgraph=True)(x), model(x))
+
+
 def test_plain_compile_is_not_stale_either() -> None:
     model, x = layer(), rows()
     compiled = torch.compile(model, fullgraph=True)

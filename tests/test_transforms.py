@@ -289,7 +289,8 @@ def test_compiled_autocast_equals_eager_autocast(low: torch.dtype) -> None:
 
     with torch.autocast("cpu", low):
         expected = mxfp8_ops.linear(x, weight, scale, bias)
-        around = torch.compile(lambda x: mxfp8_ops.linear(x, weight, scale, bias), fullgraph=True)(x)
+        with torch._inductor.config.patch(force_disable_caches=True):  # torch 2.11 mixes up bfloat16 and float16
+            around = torch.compile(lambda x: mxfp8_ops.linear(x, weight, scale, bias), fullgraph=True)(x)
     assert expected.dtype == low
     assert_same(around, expected)
     assert_same(torch.compile(inside, fullgraph=True)(x), expected)
