@@ -48,7 +48,7 @@ def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.
     deletes an attribute together with any of its nodes.
     """
     gm = graph.owning_module
-    name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{str(dtype).removeprefix('torch.')}"
+    name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{report.dtype_name(dtype)}"
     for node in graph.find_nodes(op="get_attr"):
         if node.target == name:
             return node

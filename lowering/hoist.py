@@ -34,7 +34,7 @@ from .graph import (
     value_of,
     written_storages,
 )
-from .report import FOLDED, KEPT, WeightReport
+from .report import FOLDED, KEPT, WeightReport, dtype_name
 from .slots import Folded, Request, Slot
 
 
@@ -245,6 +245,7 @@ class Hoist:
     def _make_values(self, kept_inputs: list[int]) -> list[Tensor]:
         """Dequantizes slot by slot; a packed weight is released before the next one is made."""
         values, appended = [], list(self.top.added.values())
+        last_use = {slot.weight_index: position for position, slot in enumerate(self.slots)}
         for position, slot in enumerate(self.slots):
             weight, scale = (self.example_inputs[i] for i in (slot.weight_index, slot.scale_index))
             size = (released.nbytes(weight), released.nbytes(scale))
@@ -252,8 +253,8 @@ class Hoist:
             assert entry.value is not None
             values.append(entry.value)
             appended[position].meta["example_value"] = compat.static_fake(entry.value)
-            needed = {other.weight_index for other in self.slots[position + 1 :]} | set(kept_inputs)
-            if self.release and slot.weight_index not in needed:
+            still_needed = slot.weight_index in kept_inputs or last_use[slot.weight_index] > position
+            if self.release and not still_needed:
                 store.release(weight)
             self._report_folded(self._name(slot.request), entry.value, *size, released.nbytes(weight))
         return values
@@ -279,7 +280,7 @@ class Hoist:
         return value if value is not None else getattr(self.top.gm, str(node.target))
 
     def _report_folded(self, name: str, value: Tensor, packed: int, scale: int, still_packed: int) -> None:
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = dtype_name(value.dtype)
         for each in self.weights:
             if each.name == name:  # a second dtype of one weight
                 each.reason += f", {dtype}"

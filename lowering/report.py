@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class GraphReport:
 
     def mark_frozen(self, weight: Tensor, dequantized: Tensor) -> None:
         """Notes that freezing folded the constant ``weight`` into ``dequantized``."""
-        dtype = str(dequantized.dtype).removeprefix("torch.")
+        dtype = dtype_name(dequantized.dtype)
         for each, ref in self.constants:
             tensor = ref()
             if tensor is not None and (tensor is weight or tensor.data_ptr() == weight.data_ptr()):
@@ -129,6 +130,11 @@ def log_graph(graph: GraphReport) -> None:
             weight.bytes_after,
             weight.reason,
         )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def distinct(graphs: Iterable[GraphReport]) -> list[WeightReport]:

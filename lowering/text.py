@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 
 from .graph import leaf_name, value_of
+from .report import dtype_name
 
 
 def graph_text(gm: fx.GraphModule) -> str:
@@ -76,5 +77,5 @@ def _format(value: Any, names: dict[fx.Node, str]) -> str:
         inner = ", ".join(_format(each, names) for each in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     return str(value)
