@@ -1,7 +1,8 @@
 """What torch.compile does with MXFP8 operators: recognise, fold, lower, report.
 
 Three ways in: ``torch.compile(m, backend="mxfp8")``, ``torch.compile(m, options=lowering.options())``, and
-``lowering.enable()`` for every plain ``torch.compile(m)`` of the process.
+``lowering.enable()`` for every plain ``torch.compile(m)`` of the process. ``lowering.explain(m, *inputs)`` and
+``lowering.capture()`` say what it did.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from torch import nn
 
 from . import compat, frozen, passes, report, store
 from .backend import Options
+from .inspect import Report, capture, explain
 from .switch import disable, enable
 
-__all__ = ["Options", "disable", "enable", "options", "refresh", "report"]
+__all__ = ["Options", "Report", "capture", "disable", "enable", "explain", "options", "refresh", "report"]
 
 
 def options(dequant_at_load: bool | None = None, **inductor: Any) -> dict[str, Any]:

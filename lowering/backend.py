@@ -5,22 +5,18 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from mxfp8_ops import settings
+from mxfp8_ops import environment, settings
 
-from . import compat, passes, report
+from . import compat, passes, released, report
 from . import fold as fold  # registers the freezing pattern
 from .frozen import FrozenCall
-from .graph import recognise_all
-from .hoist import Hoist
-from .report import GraphReport
-from .text import graph_text
+from .graph import label_leaves
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,7 @@ def lower(
     options: Options,
     patches: dict[str, Any],
     compile_graph: compat.Compile,
+    names: Mapping[int, str] | None = None,
 ) -> Callable[..., Any]:
     """Recognises, folds and reports one Dynamo graph, and compiles what results.
 
@@ -83,19 +80,21 @@ def lower(
         options: ours.
         patches: the caller's patches of Inductor's configuration.
         compile_graph: Inductor.
+        names: what reports are to call a tensor, by its ``id``; else the name follows from Dynamo's.
     """
+    if not settings.passes():
+        for tensor in (*example_inputs, *gm.__dict__.values(), *gm.parameters(), *gm.buffers()):
+            released.refuse(tensor, "a weight", f"{environment.PASSES} is off")
+        return compile_graph(gm, example_inputs, patches)
     fold = settings.dequant_at_load(options.dequant_at_load) is True
-    graph_report = GraphReport(before=graph_text(gm))
     copy = compat.copy_graph_module(gm)
-    recognise_all(copy)
-    hoist = Hoist(copy, example_inputs, "" if fold else passes.FLAG_IS_OFF, options.release_quantized)
-    folded = hoist.run()
-    graph_report.after = graph_text(folded.gm)
-    graph_report.weights = hoist.weights
-    graph_report.constants = [(each, weakref.ref(weight)) for each, weight, _ in hoist.constants]
-    report.publish(graph_report)
+    label_leaves(copy, example_inputs, names or {})
+    keep_all = "" if fold else passes.FLAG_IS_OFF
+    graph_report, hoist, folded = passes.rewrite(copy, example_inputs, keep_all, options.release_quantized, gm)
     own = passes.LowerPass(fold)
-    with passes.lowering():
+    with passes.lowering(), graph_report.timed("total"):
         compiled = compile_graph(folded.gm, folded.inputs, passes.install(patches, compat.POST_GRAD, own))
+    for part in ("passes", "dequantize"):
+        graph_report.seconds["total"] += graph_report.seconds.get(part, 0.0)
     report.log_graph(graph_report)
     return FrozenCall.around(folded.wrap(compiled), gm, hoist.constants)

@@ -4,8 +4,9 @@ which form. Read against torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ Compile = Callable[[fx.GraphModule, Sequence[Any], dict[str, Any]], Callable[...
 """Compiles a graph for example inputs, under patches of Inductor's configuration."""
 
 PRE_GRAD = "pre_grad_custom_pass"
+JOINT_PRE = "joint_custom_pre_pass"
+JOINT_POST = "joint_custom_post_pass"
 POST_GRAD = "post_grad_custom_post_pass"
 
 
@@ -195,3 +198,113 @@ def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     if context is None or context.fake_mode is None:
         return tensor
     return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+# --- what there is to look at ----------------------------------------------------------------------------
+
+
+def input_position(node: fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of an ATen graph is, None where that cannot be told. Since
+    torch 2.9 AOTAutograd describes its inputs; before, and in backward graphs, their names count.
+    """
+    index = getattr(node.meta.get("desc"), "idx", None)
+    if isinstance(index, int):
+        return index
+    found = re.fullmatch(r"(arg|primals_)(\d+)(?:_1)?", node.name)
+    return None if found is None else int(found[2]) - (found[1] == "primals_")
+
+
+def source_nodes(node: fx.Node) -> tuple[str, ...]:
+    """Names of the nodes of Dynamo's graph that an ATen node comes from, as far as torch kept track."""
+    found: dict[str, None] = {}
+    pending = list(node.meta.get("from_node", ()))
+    for source in pending:
+        pending.extend(source.from_node)
+        if not source.from_node and source.name:
+            found[source.name] = None
+    return tuple(found)
+
+
+def provenance() -> dict[str, Any]:
+    """Options with which Inductor keeps track of the nodes behind each kernel it generates (torch >= 2.9)."""
+    trace = torch._inductor.config.trace
+    return {"trace.provenance_tracking_level": 1} if hasattr(trace, "provenance_tracking_level") else {}
+
+
+def kernel_handles() -> dict[str, tuple[str, ...]]:
+    """While code is handed to ``output_code``: the post-grad nodes behind each call in it, under
+    ``provenance()``.
+    """
+    import torch._inductor.debug as debug
+
+    table = getattr(debug, "_inductor_triton_kernel_to_post_grad_node_info", {})
+    return {handle: tuple(sorted(nodes)) for handle, nodes in table.items()}
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same or views of the same bytes; no for those without bytes, such as the
+    weights oneDNN packs.
+    """
+    if a is b:
+        return True
+    try:
+        return a.data_ptr() == b.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def graph_break_of(gm: fx.GraphModule) -> tuple[str, list[Any]] | None:
+    """Why Dynamo ended a graph early, and where: its text and the stack of the user's code, outermost first.
+    None if the function simply returns.
+    """
+    found = getattr(gm, "compile_subgraph_reason", None)
+    return (found.reason, list(found.user_stack)) if found is not None and found.graph_break else None
+
+
+def graph_breaks() -> dict[str, int]:
+    """Dynamo's texts of all graph breaks of this process, those before any operator too, and how often."""
+    return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+@contextlib.contextmanager
+def output_code(receive: Callable[[str], None]) -> Iterator[None]:
+    """Hands every piece of code that Inductor generates in the block, in any thread, to ``receive`` as well."""
+    from torch._inductor.graph import GraphLowering
+
+    before = GraphLowering.save_output_code
+
+    def save(code: str) -> None:
+        if before is not None:
+            before(code)
+        receive(code)
+
+    GraphLowering.save_output_code = staticmethod(save)
+    try:
+        yield
+    finally:
+        GraphLowering.save_output_code = before if before is None else staticmethod(before)
+
+
+@contextlib.contextmanager
+def count_reused(count: Callable[[], None]) -> Iterator[None]:
+    """Calls ``count`` for every frame that finds its compiled code in Dynamo's memory, in the block."""
+    eval_frame: Any = torch._C._dynamo.eval_frame
+
+    def hook(found: bool) -> bool:
+        if found:
+            count()
+        return before is None or before(found)
+
+    before = eval_frame.set_guard_complete_hook(hook)
+    try:
+        yield
+    finally:
+        eval_frame.set_guard_complete_hook(before)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Writes a text to the file of ``TORCH_TRACE``, where tlparse shows it; without one it does nothing."""
+    logging: Any = torch._logging
+    logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
+    )

@@ -24,6 +24,7 @@ from mxfp8_ops.convert import dequant_bounded
 
 from . import passes, report
 from .graph import returned_storages, storages, value_of
+from .text import dtype_name
 
 
 def _constant(node: fx.Node) -> Tensor | None:
@@ -48,7 +49,7 @@ def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.
     deletes an attribute together with any of its nodes.
     """
     gm = graph.owning_module
-    name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{report.dtype_name(dtype)}"
+    name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{dtype_name(dtype)}"
     for node in graph.find_nodes(op="get_attr"):
         if node.target == name:
             return node

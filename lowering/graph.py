@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,11 @@ def is_linear(node: object) -> bool:
 def is_dequant(node: object) -> bool:
     """Whether a node calls ``mxfp8::dequant``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _DEQUANT
+
+
+def is_plain_linear(node: object) -> bool:
+    """Whether a node calls torch's own linear."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _PLAIN_LINEAR
 
 
 def arguments(node: fx.Node, *names: str) -> list[Any]:
@@ -66,7 +71,7 @@ def recognise(graph: fx.Graph) -> int:
     """
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _PLAIN_LINEAR:
+        if not is_plain_linear(node):
             continue
         x, weight, bias = arguments(node, "input", "weight", "bias")
         result = value_of(node)
@@ -96,14 +101,15 @@ def _dequantized(node: object) -> tuple[fx.Node, torch.dtype] | None:
         return None
     if is_dequant(node):
         return node, arguments(node, "weight", "scale", "dtype")[2]
-    dtype = _cast_to(node)
+    dtype = cast_to(node)
     inner = _dequantized(node.args[0]) if dtype is not None else None
     if inner is None or dtype is None or not _rounds_alike(inner[1], dtype):
         return None
     return inner[0], dtype
 
 
-def _cast_to(node: fx.Node) -> torch.dtype | None:
+def cast_to(node: fx.Node) -> torch.dtype | None:
+    """The dtype a node casts its input to, None if it is no cast."""
     if node.op != "call_method":
         return None
     if node.target in _CASTS and len(node.args) == 1:
@@ -123,7 +129,7 @@ def _rounds_alike(through: torch.dtype, to: torch.dtype) -> bool:
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    while isinstance(node, fx.Node) and not node.users and (is_dequant(node) or _cast_to(node) is not None):
+    while isinstance(node, fx.Node) and not node.users and (is_dequant(node) or cast_to(node) is not None):
         inner = node.args[0]
         graph.erase_node(node)
         node = inner  # type: ignore[assignment]
@@ -154,8 +160,8 @@ class StaticView:
 
     @property
     def text(self) -> str:
-        """Names the steps: two views with one text do the same."""
-        return ".".join(f"{function.__name__}{args}{kwargs}" for function, args, kwargs in self.steps)
+        """Names the steps, as in ``[3].t()``: two views with one text do the same."""
+        return "".join(_step_text(*step) for step in self.steps)
 
     def of(self, other: StaticView) -> StaticView:
         """This view, applied to another view's result instead of to its own leaf."""
@@ -178,6 +184,21 @@ def static_view(node: object) -> StaticView | None:
         steps.append((function, tuple(args), tuple(node.kwargs.items())))
         node = inner
     return StaticView(node, tuple(reversed(steps))) if isinstance(node, fx.Node) else None
+
+
+def _step_text(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> str:
+    if function is operator.getitem:
+        indices = args[0] if isinstance(args[0], tuple) else args
+        return f"[{', '.join(map(_index_text, indices))}]"
+    given = [*map(str, args), *(f"{name}={value}" for name, value in kwargs)]
+    return f".{function.__name__}({', '.join(given)})"
+
+
+def _index_text(index: object) -> str:
+    if not isinstance(index, slice):
+        return str(index)
+    parts = ["" if each is None else str(each) for each in (index.start, index.stop, index.step)]
+    return ":".join(parts if parts[2] else parts[:2])
 
 
 # --- what changes, and what leaves ------------------------------------------------------------------------
@@ -238,6 +259,11 @@ def sub_graphs(node: fx.Node) -> tuple[str, int] | None:
 # --- names ------------------------------------------------------------------------------------------------
 
 
+def view_name(view: StaticView) -> str:
+    """A readable name of a view: ``experts.weight[3]``."""
+    return leaf_name(view.leaf) + view.text
+
+
 def leaf_name(node: fx.Node) -> str:
     """A readable name of a graph input: ``encoder.layer.0.weight`` for
     ``L['self']._modules['encoder']._modules['layer']._modules['0']._parameters['weight']``.
@@ -249,3 +275,13 @@ def leaf_name(node: fx.Node) -> str:
     name = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", name)
     name = re.sub(r"\['?([^'\]]+)'?\]", r".\1", name)
     return name.replace(".cell_contents", "").strip(".") or str(node.target)
+
+
+def label_leaves(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> None:
+    """Gives the inputs and constants of a graph the names that are known for their tensors, by ``id``."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    constants = gm.graph.find_nodes(op="get_attr")
+    tensors = [*inputs, *(getattr(gm, str(node.target), None) for node in constants)]
+    for node, tensor in zip([*placeholders, *constants], tensors, strict=True):
+        if id(tensor) in names:
+            node.meta["mxfp8_label"] = names[id(tensor)]

@@ -21,20 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import compat, released, store
+from .account import Account
 from .graph import (
     StaticView,
     arguments,
     is_dequant,
     is_linear,
-    leaf_name,
     returned_storages,
     static_view,
     storages,
     sub_graphs,
     value_of,
+    view_name,
     written_storages,
 )
-from .report import FOLDED, KEPT, WeightReport, dtype_name
+from .report import GraphReport, WeightReport
 from .slots import Folded, Request, Slot
 
 
@@ -116,22 +117,29 @@ class Hoist:
         example_inputs: what Dynamo gave the backend: real parameters, one for each placeholder.
         keep_all: why no weight is to be folded, "" to fold those that can be.
         release: whether to free packed weights that nothing else in the graph reads.
+        report: where what happened to each weight is written.
 
     Attributes:
-        weights: what happened to each weight, after ``run``.
-        constants: those of them that are attributes of the graph module (as under freezing), with the
-            tensors they are made of.
+        constants: the weights that stay and are attributes of the graph module (as under freezing): their rows
+            in the report, and the tensors they are made of.
     """
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], keep_all: str, release: bool) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        keep_all: str,
+        release: bool,
+        report: GraphReport,
+    ) -> None:
+        self.report, self.account = report, Account(report, self._example)
         self.example_inputs = list(example_inputs)
         self.keep_all, self.release = keep_all, release
         self.top = Level(gm)
         self.levels = [self.top]
         self._find_levels(self.top)
         self.slots: list[Slot] = []
-        self.kept: dict[str, tuple[Use, Request | None, str]] = {}
-        self.weights: list[WeightReport] = []
+        self.kept: list[tuple[Use, Request | None, str]] = []
         self.constants: list[tuple[WeightReport, Tensor, Tensor]] = []
 
     def run(self) -> Folded:
@@ -140,6 +148,8 @@ class Hoist:
         Raises:
             ValueError: the graph would read a weight that was released.
         """
+        for level in self.levels:
+            self.account.plain_linears(level.gm.graph)
         for level in reversed(self.levels):
             for use in Use.all_in(level.gm.graph):
                 self._handle(level, use)
@@ -147,7 +157,9 @@ class Hoist:
             _drop_folded_operands(level)
         kept_inputs = self._drop_folded_inputs()
         values = self._make_values(kept_inputs)
-        self.weights += [self._report_kept(name, *why) for name, why in self.kept.items()]
+        for use, origin, reason in self.kept:
+            self._leave(use, origin, reason)
+        self.account.written_out(self.top.gm.graph)
         for level in self.levels:
             level.gm.recompile()
         inputs = [self.example_inputs[i] for i in kept_inputs]
@@ -175,13 +187,9 @@ class Hoist:
             use.replace(self._supply(level, request))
             return
         for origin in self._origins(level, request):
-            name = self._name(origin) if origin else str(use.weight)
-            if origin and released.is_released(self._example(origin.weight.leaf)):
-                raise ValueError(
-                    f"{name} was released (release_quantized=True), and this graph would read it ({reason}): "
-                    "compile it with the flag on, or load the model again"
-                )
-            self.kept.setdefault(name, (use, origin, reason))
+            if origin:
+                released.refuse(self._example(origin.weight.leaf), view_name(origin.weight), reason)
+            self.kept.append((use, origin, reason))
 
     # --- may it be folded? ------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class Hoist:
                 self.slots.append(Slot((position(key[0]), position(key[1])), request))
             packed = request.weight(value_of(request.weight.leaf))
             value = packed.new_empty(packed.shape, dtype=request.dtype)
-            level.added[key] = compat.add_static_input(level.gm, f"{self._name(request)}.dequantized", value)
+            level.added[key] = compat.add_static_input(level.gm, f"{view_name(request.weight)}.dequantized", value)
             for site in level.sites:
                 lifted = site.lift(level, request)
                 assert lifted is not None  # _why_not_supplied looked at every site
@@ -249,25 +257,30 @@ class Hoist:
         for position, slot in enumerate(self.slots):
             weight, scale = (self.example_inputs[i] for i in (slot.weight_index, slot.scale_index))
             size = (released.nbytes(weight), released.nbytes(scale))
-            entry = slot.fetch(weight, scale)
+            with self.report.timed("dequantize"):
+                entry = slot.fetch(weight, scale)
             assert entry.value is not None
             values.append(entry.value)
             appended[position].meta["example_value"] = compat.static_fake(entry.value)
             still_needed = slot.weight_index in kept_inputs or last_use[slot.weight_index] > position
             if self.release and not still_needed:
                 store.release(weight)
-            self._report_folded(self._name(slot.request), entry.value, *size, released.nbytes(weight))
+            self.account.folded(slot.request, entry.value, *size, released.nbytes(weight))
         return values
 
-    # --- names and reports ------------------------------------------------------------------------------
+    # --- what is not folded -----------------------------------------------------------------------------
+
+    def _leave(self, use: Use, origin: Request | None, reason: str) -> None:
+        row = self.account.left(use.node, origin, self._value(use.weight), self._value(use.scale), reason)
+        if origin and origin.weight.leaf.op == origin.scale.leaf.op == "get_attr":
+            self.constants.append((row, self._example(origin.weight.leaf), self._example(origin.scale.leaf)))
 
     def _example(self, leaf: fx.Node) -> Any:
         if leaf.op == "get_attr":
             return getattr(self.top.gm, str(leaf.target), None)
+        if leaf not in self.top.placeholders:
+            return None
         return self.example_inputs[self.top.placeholders.index(leaf)]
-
-    def _name(self, request: Request) -> str:
-        return leaf_name(request.weight.leaf) + request.weight.text
 
     def _origins(self, level: Level, request: Request | None) -> list[Request | None]:
         """A request in terms of the top graph's inputs, one for every way the sub-graph is reached."""
@@ -278,26 +291,6 @@ class Hoist:
     def _value(self, node: fx.Node) -> Tensor:
         value = value_of(node)  # torch 2.11 may have lost it, see compat.is_dynamo_graph
         return value if value is not None else getattr(self.top.gm, str(node.target))
-
-    def _report_folded(self, name: str, value: Tensor, packed: int, scale: int, still_packed: int) -> None:
-        dtype = dtype_name(value.dtype)
-        for each in self.weights:
-            if each.name == name:  # a second dtype of one weight
-                each.reason += f", {dtype}"
-                each.bytes_after += value.nbytes - (packed - still_packed)
-                return
-        held = scale + still_packed + value.nbytes
-        reason = f"dequantized to {dtype}"
-        self.weights.append(WeightReport(name, tuple(value.shape), FOLDED, reason, packed + scale, held))
-
-    def _report_kept(self, name: str, use: Use, origin: Request | None, reason: str) -> WeightReport:
-        weight, scale = self._value(use.weight), self._value(use.scale)
-        size = weight.nbytes + scale.nbytes
-        weight_report = WeightReport(name, tuple(weight.shape), KEPT, reason, size, size)
-        if origin and origin.weight.leaf.op == origin.scale.leaf.op == "get_attr":
-            weight, scale = self._example(origin.weight.leaf), self._example(origin.scale.leaf)
-            self.constants.append((weight_report, weight, scale))
-        return weight_report
 
 
 def _drop_folded_operands(level: Level) -> None:

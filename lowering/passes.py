@@ -9,22 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import mxfp8_ops
 from mxfp8_ops import settings
 
 from . import compat, kernels, report
-from .graph import recognise
+from .graph import leaf_name, recognise, recognise_all
 from .hoist import Hoist
-from .report import GraphReport
-from .text import graph_text
+from .report import GraphBreak, GraphReport
+from .slots import Folded
+from .text import graph_lines
 
 FLAG_IS_OFF = "the flag is not on"
 _ONLY_FREEZING = 'options() folds under freezing only; backend="mxfp8" or enable() fold without'
@@ -70,26 +71,55 @@ class RecognisePass(Mxfp8Pass):
 
     def __call__(self, graph: fx.Graph) -> None:
         gm, inputs = graph.owning_module, graph.find_nodes(op="placeholder")
-        recognise(graph)
+        if not settings.passes():
+            return
         if gm is None or is_lowering() or not compat.is_dynamo_graph(graph):
+            recognise(graph)
             return  # reported already, or the sub-graph of an operator: reported with the graph that calls it
-        graph_report = GraphReport(before=graph_text(gm))
-        hoist = Hoist(gm, [None] * len(inputs), _ONLY_FREEZING if self.fold else FLAG_IS_OFF, release=False)
-        hoist.run()
-        graph_report.after = graph_text(gm)
-        graph_report.weights = hoist.weights
-        graph_report.constants = [(each, weakref.ref(weight)) for each, weight, _ in hoist.constants]
-        report.publish(graph_report)
+        keep = _ONLY_FREEZING if self.fold else FLAG_IS_OFF
+        rewrite(gm, [None] * len(inputs), keep, release=False, original=compat.copy_graph_module(gm))
 
 
 class LowerPass(Mxfp8Pass):
     """Post-grad: what was not folded is lowered; keeps the final graph's text for the report."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        kernels.lower_dequant(graph)
-        graph_report = report.current()
-        if graph_report is not None and graph.owning_module is not None:
-            graph_report.post_grad.append(graph_text(graph.owning_module))
+        if not settings.passes():
+            return
+        graph_report = report.current() or GraphReport()
+        with graph_report.timed("passes"):
+            if settings.kernels():
+                kernels.lower_dequant(graph)
+            graph_report.record(report.POST_GRAD, graph)
+
+
+def rewrite(
+    gm: fx.GraphModule, inputs: Sequence[Any], keep_all: str, release: bool, original: fx.GraphModule
+) -> tuple[GraphReport, Hoist, Folded]:
+    """Recognises and folds in one Dynamo graph, and publishes the report of it.
+
+    Args:
+        gm: changed in place. inputs, keep_all, release: see ``Hoist``.
+        original: the graph as Dynamo made it; ``gm`` is a copy of it, or it of ``gm``.
+    """
+    graph_report = GraphReport(graph_break=GraphBreak.of(*(compat.graph_break_of(original) or (None,))))
+    with graph_report.timed("passes"):
+        leaves = [node for op in ("placeholder", "get_attr") for node in gm.graph.find_nodes(op=op)]
+        names = {node.name: leaf_name(node) for node in leaves}
+        constants = [
+            (getattr(gm, str(node.target), None), names[node.name]) for node in leaves if node.op == "get_attr"
+        ]
+        graph_report.labels = [(weakref.ref(each), name) for each, name in constants if isinstance(each, Tensor)]
+        recognise_all(gm)
+        hoist = Hoist(gm, inputs, keep_all, release, graph_report)
+        folded = hoist.run()
+        graph_report.inputs = [leaf_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+        before = graph_lines(original, graph_report.owners, lambda node: names.get(node.name) or leaf_name(node))
+        graph_report.add_stage(report.BEFORE, before)
+        graph_report.add_stage(report.AFTER, graph_lines(gm, graph_report.owners))
+        report.publish(graph_report)
+    graph_report.seconds["passes"] -= graph_report.seconds.get("dequantize", 0.0)
+    return graph_report, hoist, folded
 
 
 _lowering: ContextVar[bool] = ContextVar("mxfp8_lowering", default=False)

@@ -66,3 +66,12 @@ def release(weight: Tensor) -> None:
 def nbytes(tensor: Tensor) -> int:
     """Bytes of a tensor's elements, 0 once it was released."""
     return 0 if is_released(tensor) else tensor.nbytes
+
+
+def refuse(tensor: object, name: str, reason: str) -> None:
+    """Raises ValueError if a graph would read this tensor although it is released. ``reason``: why it would."""
+    if is_released(tensor):
+        raise ValueError(
+            f"{name} was released (release_quantized=True), and this graph would read it ({reason}): "
+            "compile it with the flag on, or load the model again"
+        )

@@ -1,7 +1,7 @@
-"""What was done to each weight, and why: the data behind every inspection script.
+"""What was done to each weight, and why: the data behind every inspection.
 
-One ``GraphReport`` for each graph that passed through the lowering; the newest are kept in memory, and
-logged under ``TORCH_LOGS="+lowering"``.
+One ``GraphReport`` for each graph that passed through the lowering. The newest are kept in memory, logged under
+``TORCH_LOGS="+lowering"`` and written to ``TORCH_TRACE``.
 """
 
 from __future__ import annotations
@@ -9,18 +9,44 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import FrameSummary
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from mxfp8_ops import ops
+
+from . import compat
+from .graph import leaf_name
+from .text import Line, Owners, dtype_name, graph_lines
 
 log = logging.getLogger(__name__)
 
 FOLDED = "folded"
 KEPT = "kept"
+UNMATCHED = "unmatched"
+ACTIONS = (FOLDED, KEPT, UNMATCHED)
+
+BEFORE, AFTER, AOT, JOINT, POST_GRAD = "before", "after", "aot", "joint", "post-grad"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which tensor a weight is, whatever its name in a graph: the parameter, and the view taken of it."""
+
+    tensor: weakref.ref[Tensor]
+    view: str = ""
+
+    def key(self) -> tuple[int, str] | None:
+        """None once the tensor is gone."""
+        tensor = self.tensor()
+        return None if tensor is None else (id(tensor), self.view)
 
 
 @dataclass
@@ -30,11 +56,15 @@ class WeightReport:
     Attributes:
         name: dotted path of the weight, from the compiled module or function on.
         shape: of the weight.
-        action: "folded" (a dequantized copy stands in the graph) or "kept" (the 1-byte weight does).
-        reason: why it was kept, or how it was folded.
+        action: "folded" (a dequantized copy stands in the graph), "kept" (``mxfp8::linear`` reads the 1-byte
+            weight) or "unmatched" (it is dequantized in every call, by the operator or by other code).
+        reason: how it was folded, or why it was not.
         bytes_before: of weight and scale.
-        bytes_after: of everything held for this weight after the compile: the dequantized copy, and the
+        bytes_after: of everything held for this weight after the compile: the dequantized copies, and the
             packed bytes unless they were released.
+        kernel: what computes with it, as far as is known: the call in the generated code, else in the graph.
+        bytes_dequantized: of the dequantized copies.
+        device: where it is.
     """
 
     name: str
@@ -43,6 +73,70 @@ class WeightReport:
     reason: str
     bytes_before: int
     bytes_after: int
+    kernel: str = ""
+    bytes_dequantized: int = field(default=0, compare=False)
+    device: str = field(default="cpu", compare=False)
+    identity: Identity | None = field(default=None, compare=False, repr=False)
+
+    def add_dequantized(self, value: Tensor, how: str) -> None:
+        """Counts one more dequantized copy, of another dtype than those before."""
+        name = dtype_name(value.dtype)
+        self.reason = f"{self.reason}, {name}" if self.action == FOLDED else f"{how}{name}"
+        self.action = FOLDED
+        self.bytes_dequantized += value.nbytes
+        self.bytes_after += value.nbytes
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """A linear whose weight is not MXFP8."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph before the function did.
+
+    Attributes:
+        reason: Dynamo's first line. explanation: its second.
+        where: file, line and function of the user's code, without the folder.
+    """
+
+    reason: str
+    explanation: str = ""
+    where: str = ""
+
+    @classmethod
+    def of(cls, text: str | None, stack: Sequence[FrameSummary] = ()) -> GraphBreak | None:
+        """Dynamo's text and the stack of the user's code, outermost first; None for no text."""
+        if text is None:
+            return None
+        first, *more = text.splitlines() or [""]
+        explanations = [line.partition("Explanation:")[2].strip() for line in more if "Explanation:" in line]
+        frame = stack[-1] if stack else None
+        where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" if frame else ""
+        return cls(first.strip(), next(iter(explanations), ""), where)
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.where, self.reason)))
+
+
+@dataclass(frozen=True)
+class GeneratedCode:
+    """One program that Inductor generated.
+
+    Attributes:
+        text: Python, with the source of its kernels in it.
+        handles: names of post-grad nodes by the handle of the call that computes them, see
+            ``inspect.kernels``.
+    """
+
+    text: str
+    handles: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,37 +145,125 @@ class GraphReport:
 
     Attributes:
         weights: in the order of their first use.
-        before: text of Dynamo's graph as it came.
-        after: text of the same graph after the lowering.
-        post_grad: texts of the ATen graphs Inductor generated code from (forward, backward), as far as they
-            were generated and did not come from a cache.
+        plain: linears on weights that are not MXFP8.
+        stages: lines of the graph by stage. "before" and "after" are Dynamo's graph as it came and after the
+            lowering; "post-grad" are the ATen graphs Inductor generated code from (forward, backward), as far
+            as they were generated and did not come from a cache; ``lowering.explain`` adds "aot" and "joint".
+        code: what Inductor generated (``lowering.explain`` and ``lowering.capture``).
+        graph_break: why the graph ends, None if the function does.
+        seconds: spent in "passes" (all that the lowering adds to a compile), to "dequantize" what is folded,
+            and in "total", which is the lowering and Inductor without Dynamo.
     """
 
     weights: list[WeightReport] = field(default_factory=list)
-    before: str = ""
-    after: str = ""
-    post_grad: list[str] = field(default_factory=list)
+    plain: list[PlainLinear] = field(default_factory=list)
+    stages: dict[str, list[list[Line]]] = field(default_factory=dict)
+    code: list[GeneratedCode] = field(default_factory=list)
+    graph_break: GraphBreak | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list, repr=False)
+    """Names of the inputs of the graph that was compiled, in order."""
+    owners: Owners = field(default_factory=Owners, repr=False)
     constants: list[tuple[WeightReport, weakref.ref[Tensor]]] = field(default_factory=list, repr=False)
     """Weights that Dynamo made constants of the graph, which freezing may fold; weakly, a report keeps no model."""
+    labels: list[tuple[weakref.ref[Tensor], str]] = field(default_factory=list, repr=False)
+    """Names of tensors that may become constants of the graph."""
+
+    @property
+    def before(self) -> str:
+        """Text of Dynamo's graph as it came."""
+        return self._text(BEFORE)
+
+    @property
+    def after(self) -> str:
+        """Text of the same graph after the lowering."""
+        return self._text(AFTER)
+
+    @property
+    def post_grad(self) -> list[str]:
+        """Texts of the graphs Inductor generated code from."""
+        return ["\n".join(map(str, lines)) for lines in self.stages.get(POST_GRAD, ())]
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether Inductor found the generated code on disk: then there is no post-grad graph."""
+        return POST_GRAD not in self.stages and any(line.target for line in self.lines(AFTER))
+
+    def lines(self, stage: str) -> list[Line]:
+        """All lines of a stage."""
+        return [line for lines in self.stages.get(stage, ()) for line in lines]
+
+    def _text(self, stage: str) -> str:
+        return "\n".join(map(str, self.lines(stage)))
+
+    def add_stage(self, stage: str, lines: list[Line]) -> None:
+        """Adds the text of a graph, and takes from it what computes with each weight."""
+        self.stages.setdefault(stage, []).append(lines)
+        if stage not in (AFTER, POST_GRAD):
+            return
+        calls: dict[str, list[str]] = {}
+        for line in lines:
+            if line.reads or line.target.startswith("mxfp8."):
+                for weight in line.weights:
+                    calls.setdefault(weight, []).append(line.target)
+        for row in self.weights:
+            if row.name in calls:
+                row.kernel = " + ".join(dict.fromkeys(kernel_text(c, row.device) for c in calls[row.name]))
+
+    def record(self, stage: str, graph: fx.Graph) -> None:
+        """Adds an ATen graph, whose inputs get the names they have in Dynamo's."""
+        if graph.owning_module is not None:
+            self.add_stage(stage, graph_lines(graph.owning_module, self.owners, self._aten_name, compat.source_nodes))
+
+    def _aten_name(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            position = compat.input_position(node)
+            known = position is not None and position < len(self.inputs)
+            return self.inputs[position] if known and position is not None else node.name
+        constant = getattr(node.graph.owning_module, str(node.target), None)
+        if isinstance(constant, Tensor):
+            for ref, label in self.labels:
+                tensor = ref()
+                if tensor is not None and compat.same_memory(tensor, constant):
+                    return label
+        return leaf_name(node)
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the time the block takes to ``seconds``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     def mark_frozen(self, weight: Tensor, dequantized: Tensor) -> None:
         """Notes that freezing folded the constant ``weight`` into ``dequantized``."""
-        dtype = dtype_name(dequantized.dtype)
         for each, ref in self.constants:
             tensor = ref()
             if tensor is not None and (tensor is weight or tensor.data_ptr() == weight.data_ptr()):
-                first = each.action != FOLDED
-                each.reason = f"frozen, dequantized to {dtype}" if first else f"{each.reason}, {dtype}"
-                each.action = FOLDED
-                each.bytes_after += dequantized.nbytes
+                each.add_dequantized(dequantized, "frozen, dequantized to ")
+                label = f"{each.name}.dequantized"
+                self.labels.append((weakref.ref(dequantized), label))
+                self.owners.add(each.name, label, label)
 
     def __str__(self) -> str:
         return format_table(self.weights)
 
 
+def kernel_text(target: str, device: str) -> str:
+    """What a call runs: of our operators the kernel behind it, which depends on the device."""
+    name = target.removeprefix("mxfp8.")
+    if name == target:
+        return target
+    return "dequant loop" if name == "dequant_loop" else f"{target} ({ops.kernel_name(name, torch.device(device))})"
+
+
+# --- who is listening ----------------------------------------------------------------------------------------
+
 _lock = threading.Lock()
 _recent: deque[GraphReport] = deque(maxlen=256)
-_captures: list[list[GraphReport]] = []
+_collectors: list[list[GraphReport]] = []
 _thread = threading.local()
 
 
@@ -92,16 +274,16 @@ def recent() -> list[GraphReport]:
 
 
 @contextlib.contextmanager
-def capture() -> Iterator[list[GraphReport]]:
+def collect(into: list[GraphReport] | None = None) -> Iterator[list[GraphReport]]:
     """Collects the reports of all graphs compiled inside the ``with`` block, in any thread."""
-    graphs: list[GraphReport] = []
+    graphs: list[GraphReport] = [] if into is None else into
     with _lock:
-        _captures.append(graphs)
+        _collectors.append(graphs)
     try:
         yield graphs
     finally:
         with _lock:
-            _captures[:] = [each for each in _captures if each is not graphs]
+            _collectors[:] = [each for each in _collectors if each is not graphs]
 
 
 def publish(graph: GraphReport) -> None:
@@ -109,7 +291,7 @@ def publish(graph: GraphReport) -> None:
     _thread.current = graph
     with _lock:
         _recent.append(graph)
-        for graphs in _captures:
+        for graphs in _collectors:
             graphs.append(graph)
 
 
@@ -119,42 +301,67 @@ def current() -> GraphReport | None:
 
 
 def log_graph(graph: GraphReport) -> None:
-    """Writes the weights of one graph to the log, one line each."""
+    """Writes one graph to the log, a line for each weight, and to torch's trace."""
     for weight in graph.weights:
-        log.info(
-            "%s %s %s: %d -> %d bytes (%s)",
-            weight.action,
-            weight.name,
-            list(weight.shape),
-            weight.bytes_before,
-            weight.bytes_after,
-            weight.reason,
-        )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
+        shape, size = list(weight.shape), (weight.bytes_before, weight.bytes_after)
+        log.info("%s %s %s: %d -> %d bytes (%s)", weight.action, weight.name, shape, *size, weight.reason)
+    if graph.graph_break is not None:
+        log.info("the graph ends at a graph break: %s", graph.graph_break)
+    if graph.from_cache:
+        log.info("cache hit: the generated code was found on disk")
+    log.info("passes took %.4f of %.2f s", graph.seconds.get("passes", 0.0), graph.seconds.get("total", 0.0))
+    log.debug("before:\n%s\nafter:\n%s", graph.before, graph.after)
+    for name, text in (("before", graph.before), ("after", graph.after), ("report", str(graph))):
+        compat.trace_artifact(f"mxfp8_{name}", text)
 
 
 def distinct(graphs: Iterable[GraphReport]) -> list[WeightReport]:
-    """The weights of several graphs, each once, as the newest graph left it."""
-    weights: dict[tuple[str, tuple[int, ...]], WeightReport] = {}
+    """The weights of several graphs, each once, as the newest graph left it. One tensor is one weight, whatever
+    names it has; of tensors that are gone the name and shape decide.
+    """
+    weights: dict[object, WeightReport] = {}
     for graph in graphs:
         for weight in graph.weights:
-            weights[weight.name, weight.shape] = weight
+            key = weight.identity.key() if weight.identity is not None else None
+            weights[key or (weight.name, weight.shape)] = weight
     return list(weights.values())
+
+
+# --- memory and tables ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of MXFP8 weights, scales and dequantized copies, without scratch memory: before the compile, at
+    most while weights were dequantized one after another, and after it.
+    """
+
+    before: int
+    peak: int
+    after: int
+
+
+def memory(weights: Iterable[WeightReport]) -> Memory:
+    """What the weights take, when they are dequantized in this order and each released before the next one."""
+    weights = list(weights)
+    before = held = peak = sum(weight.bytes_before for weight in weights)
+    for weight in weights:
+        peak = max(peak, held + weight.bytes_dequantized)
+        held += weight.bytes_after - weight.bytes_before
+    return Memory(before, peak, held)
 
 
 def format_table(weights: Iterable[WeightReport]) -> str:
     """A plain-text table with totals, for terminals and pipes alike."""
-    header = ("weight", "shape", "action", "bytes before", "bytes after", "reason")
+    weights = list(weights)
+    header = ("weight", "shape", "action", "bytes before", "bytes after", "kernel", "reason")
     rows = [
-        (w.name, "x".join(map(str, w.shape)), w.action, f"{w.bytes_before:,}", f"{w.bytes_after:,}", w.reason)
+        (w.name, "x".join(map(str, w.shape)), w.action, f"{w.bytes_before:,}", f"{w.bytes_after:,}", w.kernel, w.reason)
         for w in weights
     ]
-    before, after = (sum(int(row[i].replace(",", "")) for row in rows) for i in (3, 4))
-    rows.append((f"total: {len(rows)} weight{'s' * (len(rows) != 1)}", "", "", f"{before:,}", f"{after:,}", ""))
+    before, after = (sum(sizes) for sizes in ([w.bytes_before for w in weights], [w.bytes_after for w in weights]))
+    total = f"total: {len(rows)} weight{'s' * (len(rows) != 1)}"
+    rows.append((total, "", "", f"{before:,}", f"{after:,}", "", ""))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     numeric = (3, 4)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 
 DEQUANT_AT_LOAD = ("MXFP8_DEQUANT_AT_LOAD", "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD")
+PASSES = "MXFP8_PASSES"
+KERNELS = "MXFP8_KERNELS"
+VARIABLES = (*DEQUANT_AT_LOAD, PASSES, KERNELS)
 
 
 def __getattr__(name: str) -> str:
     if name == "words":  # one string: of a list Dynamo would guard the length and what it has seen used
-        return repr([os.environ.get(variable) for variable in DEQUANT_AT_LOAD])
+        return repr([os.environ.get(variable) for variable in VARIABLES])
     raise AttributeError(name)

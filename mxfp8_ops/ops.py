@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import reference, settings
 from .format import (
     BLOCK_SIZE,
     ELEMENT_DTYPE,
@@ -60,6 +60,13 @@ def _linear_kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 for _name, _kernel in (("quantize", _quantize_kernel), ("dequant", _dequant_kernel), ("linear", _linear_kernel)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+def kernel_name(name: str, device: torch.device) -> str:
+    """Which kernel computes the operator ``mxfp8::<name>`` on a device: "reference", or the device's own."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device.type, "PrivateUse1")
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"mxfp8::{name}", key)
+    return device.type if own and settings.kernels() else "reference"
 
 
 # --- fakes: the same checks, shapes, dtypes and strides, no data ---------------------------------------

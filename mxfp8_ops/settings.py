@@ -2,6 +2,9 @@
 
 ``MXFP8_DEQUANT_AT_LOAD``, else ``VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD``: on, off or unset. Who asks
 decides what unset means: a module dequantizes once at load, a compiler does not fold.
+
+``MXFP8_PASSES`` and ``MXFP8_KERNELS`` are for finding out which part gives a wrong answer: set to off, the
+first leaves graphs to Inductor as they are, the second computes everything with the reference.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import torch
 
 from . import environment
-from .environment import DEQUANT_AT_LOAD
+from .environment import DEQUANT_AT_LOAD, KERNELS, PASSES
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -33,13 +36,34 @@ def dequant_at_load(override: bool | None = None) -> bool | None:
         if not isinstance(override, bool):
             raise TypeError(f"dequant_at_load must be True, False or None, got {override!r}")
         return override
-    for name in DEQUANT_AT_LOAD:
-        word = os.environ.get(name)
-        if word is not None:
-            if word.lower() not in _WORDS:
-                raise ValueError(f"{name} must be 1/true/yes/on or 0/false/no/off, got {word!r}")
-            return _WORDS[word.lower()]
-    return None
+    return next((value for value in map(_switch, DEQUANT_AT_LOAD) if value is not None), None)
+
+
+def passes() -> bool:
+    """Whether the lowering may change graphs: not while ``MXFP8_PASSES`` is off.
+
+    Raises:
+        ValueError: it is set to a word that is neither on nor off.
+    """
+    return _switch(PASSES) is not False
+
+
+def kernels() -> bool:
+    """Whether anything but the reference may compute: not while ``MXFP8_KERNELS`` is off.
+
+    Raises:
+        ValueError: it is set to a word that is neither on nor off.
+    """
+    return _switch(KERNELS) is not False
+
+
+def _switch(name: str) -> bool | None:
+    word = os.environ.get(name)
+    if word is None:
+        return None
+    if word.lower() not in _WORDS:
+        raise ValueError(f"{name} must be 1/true/yes/on or 0/false/no/off, got {word!r}")
+    return _WORDS[word.lower()]
 
 
 def guard_compiled_graph() -> None:

@@ -134,7 +134,7 @@ def main() -> int:
 
         def run_compiled(label: str, dequant_at_load: bool) -> tuple[Run, GraphReport]:
             model = torch.compile(packed, backend="mxfp8", options={"dequant_at_load": dequant_at_load})
-            with lowering.report.capture() as graphs:
+            with lowering.report.collect() as graphs:
                 result = run(label, model, 0, reference)
             result.weight_bytes = sum(each.bytes_after for each in lowering.report.distinct(graphs))
             return result, graphs[0]

@@ -113,7 +113,7 @@ def compile_once(
     options: dict[str, Any] = {"dequant_at_load": dequant_at_load}
     compiled = torch.compile(model, backend="mxfp8", options=options, dynamic=dynamic or None)
     try:
-        with lowering.report.capture() as graphs, torch.no_grad():
+        with lowering.report.collect() as graphs, torch.no_grad():
             compiled(*positional, **named)
     except Exception as error:
         raise Failure(f"the compiled model raised {one_line(error)}") from error

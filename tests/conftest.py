@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lowering
-from mxfp8_ops import settings
+from mxfp8_ops import environment
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that starts them
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="mxfp8-tests-")
@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the pr
 
 @pytest.fixture(autouse=True)
 def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in settings.DEQUANT_AT_LOAD:
+    for name in environment.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -99,7 +99,7 @@ def test_expert_stacks_dequantize_alike_on_every_path(compiled: Compile) -> None
 
 
 def actions(model: nn.Module, *inputs: Tensor, **options: object) -> list[tuple[str, str]]:
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         torch.compile(model, backend=folding(**options), fullgraph=True)(*inputs)
     return [(weight.action, weight.reason) for weight in report.distinct(graphs)]
 
@@ -157,7 +157,7 @@ def test_one_expert_of_a_stack_is_folded_by_itself() -> None:
         return mxfp8_ops.linear(x, weight[1], scale[1]) + mxfp8_ops.linear(x, weight[2], scale[2])
 
     compiled = torch.compile(model, backend=folding(dequant_at_load=True), fullgraph=True)
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         assert_same(compiled(rows()), model(rows()))
     (graph,) = graphs
     assert [each.shape for each in graph.weights] == [(48, 64), (48, 64)]

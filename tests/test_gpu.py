@@ -91,7 +91,7 @@ def test_release_frees_the_packed_bytes_on_the_device() -> None:
     model = layer(1024, 1024).cuda()
     expected = model(rows(5, 1024).cuda())
     before = torch.cuda.memory_allocated()
-    with report.capture() as graphs, torch.no_grad():
+    with report.collect() as graphs, torch.no_grad():
         compiled = torch.compile(
             model, backend="mxfp8", options={"dequant_at_load": True, "release_quantized": True}, fullgraph=True
         )
@@ -116,7 +116,7 @@ def test_autocast_on_the_device(flag: bool) -> None:
 @FLAGS
 def test_freezing_on_the_device(flag: bool) -> None:
     model, x = Chain().cuda(), rows().cuda()
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True), report.capture() as graphs:
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True), report.collect() as graphs:
         compiled = torch.compile(model, backend="mxfp8", options={"dequant_at_load": flag}, fullgraph=True)
         assert_same(compiled(x).cpu(), Chain()(rows()))
     assert {weight.action for weight in graphs[0].weights} == {"folded" if flag else "kept"}

@@ -18,7 +18,7 @@ class TestCanonicalGraphs(TestCase):
         if flag is not None:
             compile_options = {"backend": "mxfp8", "options": {"dequant_at_load": flag}} | compile_options
         with (
-            report.capture() as graphs,
+            report.collect() as graphs,
             torch.no_grad(),
             torch._inductor.config.patch(freezing=freezing, force_disable_caches=True),
         ):
@@ -43,11 +43,11 @@ return (relu,)""",
         self.assertExpectedInline(
             graph.post_grad[0],
             """\
-input arg0_1: f8e4m3fn[48, 64]
-input arg1_1: u8[48, 2]
-input arg2_1: bf16[48]
-input arg3_1: bf16[5, 64]
-linear: bf16[5, 48] = mxfp8.linear(arg3_1, arg0_1, arg1_1, arg2_1)
+input 0.weight: f8e4m3fn[48, 64]
+input 0.weight_scale: u8[48, 2]
+input 0.bias: bf16[48]
+input args.0: bf16[5, 64]
+linear: bf16[5, 48] = mxfp8.linear(args.0, 0.weight, 0.weight_scale, 0.bias)
 relu: bf16[5, 48] = aten.relu(linear)
 return (relu,)""",
         )
@@ -67,11 +67,11 @@ return (relu,)""",
         self.assertExpectedInline(
             graph.post_grad[0],
             """\
-input arg0_1: bf16[48]
-input arg1_1: bf16[5, 64]
-input arg2_1: bf16[48, 64]
-permute: bf16[64, 48] = aten.permute(arg2_1, [1, 0])
-addmm: bf16[5, 48] = aten.addmm(arg0_1, arg1_1, permute)
+input 0.bias: bf16[48]
+input args.0: bf16[5, 64]
+input 0.weight.dequantized: bf16[48, 64]
+permute: bf16[64, 48] = aten.permute(0.weight.dequantized, [1, 0])
+addmm: bf16[5, 48] = aten.addmm(0.bias, args.0, permute)
 relu: bf16[5, 48] = aten.relu(addmm)
 return (relu,)""",
         )
@@ -83,9 +83,9 @@ return (relu,)""",
             graph.post_grad[0],
             """\
 constant _frozen_param1: bf16[48]
-input arg3_1: bf16[5, 64]
-constant _frozen_param3: bf16[64, 48]
-addmm: bf16[5, 48] = aten.addmm(_frozen_param1, arg3_1, _frozen_param3)
+input args.0: bf16[5, 64]
+constant 0.weight.dequantized: bf16[64, 48]
+addmm: bf16[5, 48] = aten.addmm(_frozen_param1, args.0, 0.weight.dequantized)
 relu: bf16[5, 48] = aten.relu(addmm)
 return (relu,)""",
         )
@@ -95,11 +95,11 @@ return (relu,)""",
         self.assertExpectedInline(
             graph.post_grad[0],
             """\
-constant _frozen_param0: f8e4m3fn[48, 64]
+constant 0.weight: f8e4m3fn[48, 64]
 constant _frozen_param1: bf16[48]
-constant _frozen_param2: u8[48, 2]
-input arg3_1: bf16[5, 64]
-linear: bf16[5, 48] = mxfp8.linear(arg3_1, _frozen_param0, _frozen_param2, _frozen_param1)
+constant 0.weight_scale: u8[48, 2]
+input args.0: bf16[5, 64]
+linear: bf16[5, 48] = mxfp8.linear(args.0, 0.weight, 0.weight_scale, _frozen_param1)
 relu: bf16[5, 48] = aten.relu(linear)
 return (relu,)""",
         )

@@ -119,7 +119,7 @@ def test_dequantized_weight_with_another_reader_stays_for_it() -> None:
 
 @pytest.mark.parametrize("flag", [True, False])
 def test_hand_written_form_folds_and_is_kept_like_linear(flag: bool) -> None:
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         for model in (lambda x: F.linear(x, dequant(W, S), B), lambda x: linear(x, W, S, B)):
             torch.compile(model, backend=folding(dequant_at_load=flag), fullgraph=True)(rows())
     by_hand, by_name = graphs
@@ -128,7 +128,7 @@ def test_hand_written_form_folds_and_is_kept_like_linear(flag: bool) -> None:
 
 
 def test_options_recognise_the_form_as_well() -> None:
-    with report.capture() as graphs, torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+    with report.collect() as graphs, torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
         compiled = torch.compile(lambda x: F.linear(x, dequant(W, S), B), options=lowering.options(), fullgraph=True)
         assert_same(compiled(rows()), linear(rows(), W, S, B))
     assert "mxfp8.linear(" in graphs[0].post_grad[0]

@@ -44,7 +44,7 @@ def test_answers_stay_those_of_the_packed_weights_through_calls_and_recompiles()
 def test_packed_bytes_are_freed_and_counted() -> None:
     model = layer()
     packed = model.weight.nbytes
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         release(model)
     (weight,) = graphs[0].weights
     with torch._C.DisableTorchFunctionSubclass():

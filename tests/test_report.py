@@ -16,7 +16,7 @@ from lowering.report import WeightReport
 
 
 def reported(model: nn.Module, x: Tensor, **options: bool) -> list[WeightReport]:
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         torch.compile(model, backend=folding(**options), fullgraph=True)(x)
     return report.distinct(graphs)
 
@@ -64,8 +64,8 @@ def test_names_are_paths_in_the_model_whatever_holds_it() -> None:
 
 
 def test_captures_nest_and_see_other_threads() -> None:
-    with report.capture() as outer:
-        with report.capture() as inner:
+    with report.collect() as outer:
+        with report.collect() as inner:
             thread = threading.Thread(target=lambda: reported(layer(), rows()))
             thread.start()
             thread.join()
@@ -104,7 +104,7 @@ torch.compile(model, backend="mxfp8", options={"dequant_at_load": True})(torch.e
 
 
 def test_graph_text_numbers_nodes_and_names_inputs_after_parameters() -> None:
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         torch.compile(Chain(), backend=folding(), fullgraph=True)(rows())
     lines = graphs[0].after.splitlines()
     assert "linear: bf16[5, 64] = mxfp8.linear(x, up.weight, up.weight_scale, up.bias)" in lines

@@ -90,7 +90,7 @@ def test_frozen_graph_sees(change: Callable[[Mxfp8Linear], None], way: str) -> N
     if way == "enable":
         lowering.enable(**ON)
     options = {"backend": "mxfp8", "options": ON} if way == "backend" else {}
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True), report.capture() as graphs:
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True), report.collect() as graphs:
         compiled = torch.compile(model, fullgraph=True, **options)
         before = compiled(x)
         change(model)
@@ -145,7 +145,7 @@ def test_flag_flipped_between_compiles_in_one_process_takes_effect(monkeypatch: 
     model, x = Chain(), rows()
     for flag in ("0", "1", "0", "off", "on"):
         monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", flag)
-        with report.capture() as graphs:
+        with report.collect() as graphs:
             assert_same(torch.compile(model, backend="mxfp8")(x), model(x))
         actions = {weight.action for weight in report.distinct(graphs)}
         expected = {"folded"} if flag in ("1", "on") else {"kept"}
@@ -160,7 +160,7 @@ def test_flag_flipped_under_a_compiled_model_takes_effect_at_the_next_call(monke
     for flag in (None, "1", "0"):
         if flag is not None:
             monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", flag)
-        with report.capture() as graphs:
+        with report.collect() as graphs:
             assert_same(compiled(x), model(x))
         seen.append({weight.action for weight in report.distinct(graphs)})
     assert seen == [{"kept"}, {"folded"}, {"kept"}]
@@ -172,7 +172,7 @@ import torch
 from models import Chain, rows
 from lowering import report
 model, x = Chain(), rows()
-with torch.no_grad(), report.capture() as graphs:
+with torch.no_grad(), report.collect() as graphs:
     result = torch.compile(model, backend="mxfp8", fullgraph=True)(x)
 assert torch.equal(result, model(x))
 print({{w.action for g in graphs for w in g.weights}}, len(graphs[0].post_grad))

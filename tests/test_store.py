@@ -60,7 +60,7 @@ def test_value_goes_with_its_graphs_though_the_weight_stays() -> None:
 def test_reports_keep_no_weight_alive() -> None:
     packed = layer()
     weight = weakref.ref(packed.weight)
-    with report.capture() as graphs, torch.no_grad(), torch._inductor.config.patch(freezing=True):
+    with report.collect() as graphs, torch.no_grad(), torch._inductor.config.patch(freezing=True):
         torch.compile(packed, backend="mxfp8", options=ON)(rows())
     del packed
     torch._dynamo.reset()

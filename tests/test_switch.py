@@ -19,7 +19,7 @@ ORIGINAL = inductor.compile_fx
 
 
 def compile_and_report(model: Mxfp8Linear, **options: Any) -> list[tuple[str, str]]:
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         assert_same(torch.compile(model, fullgraph=True, **options)(rows()), model(rows()))
     return [(weight.name, weight.action) for graph in graphs for weight in graph.weights]
 
@@ -37,7 +37,7 @@ def test_plain_compile_folds_while_enabled(monkeypatch: pytest.MonkeyPatch) -> N
 def test_model_compiled_before_is_compiled_again() -> None:
     model = layer()
     compiled = torch.compile(model, fullgraph=True)
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         for enabled in (False, True, False):
             if enabled:
                 lowering.enable(dequant_at_load=True)
@@ -141,7 +141,7 @@ def test_wrong_type_is_refused_and_nothing_is_enabled(argument: str, value: obje
 def test_models_without_mxfp8_compile_as_before() -> None:
     lowering.enable(dequant_at_load=True)
     model = torch.nn.Linear(8, 8)
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         torch.testing.assert_close(torch.compile(model)(torch.ones(2, 8)), model(torch.ones(2, 8)))
     assert [graph.weights for graph in graphs] == [[]]
 
@@ -155,7 +155,7 @@ def test_graph_breaks_give_a_report_for_each_graph() -> None:
         torch._dynamo.graph_break()
         return model.down(hidden)
 
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         torch.testing.assert_close(torch.compile(broken)(rows()), broken(rows()))
     assert [[weight.name for weight in graph.weights] for graph in graphs] == [
         ["model.up.weight"],

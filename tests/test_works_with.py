@@ -29,7 +29,7 @@ def distinct_actions(graphs: list[report.GraphReport]) -> set[str]:
 @both_flags
 def test_dynamic_batch_compiles_once_for_all_sizes(options: dict[str, bool]) -> None:
     model = Chain()
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         compiled = torch.compile(model, backend="mxfp8", options=options, fullgraph=True, dynamic=True)
         for m in (2, 3, 17, 40):
             assert_same(compiled(rows(m)), model(rows(m)))
@@ -39,7 +39,7 @@ def test_dynamic_batch_compiles_once_for_all_sizes(options: dict[str, bool]) -> 
 @both_flags
 def test_automatic_dynamic_batch_compiles_twice_at_most(options: dict[str, bool]) -> None:
     model = Chain()
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         compiled = torch.compile(model, backend="mxfp8", options=options, fullgraph=True)
         for m in (2, 3, 17, 40):
             assert_same(compiled(rows(m)), model(rows(m)))
@@ -69,7 +69,7 @@ def test_graphs_that_share_a_weight_share_its_dequantized_value() -> None:
 def test_identical_layers_share_one_graph_and_keep_their_own_weights() -> None:
     blocks = nn.ModuleList([layer(64, 64, seed=seed) for seed in range(4)])
     one_backend = folding(**ON)
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         for block in blocks:
             block.compile(backend=one_backend, fullgraph=True)
         results = [[block(rows()) for block in blocks] for _ in range(3)]
@@ -106,7 +106,7 @@ class Region(nn.Module):
 @both_flags
 def test_nested_compile_regions(options: dict[str, bool]) -> None:
     model = nn.Sequential(*[Region(seed) for seed in range(4)])
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         compiled = torch.compile(model, backend="mxfp8", options=options, fullgraph=True)
         assert_same(compiled(rows()), model(rows()))
     assert distinct_actions(graphs) == {"folded" if options["dequant_at_load"] else "kept"}
@@ -138,7 +138,7 @@ def test_activation_checkpointing(options: dict[str, bool]) -> None:
     def run(x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=False)
 
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         compiled = torch.compile(run, backend="mxfp8", options=options, fullgraph=True)
         for actual, expected in zip(gradients(model, compiled, x), gradients(model, model, x), strict=True):
             assert_same(actual, expected)
@@ -171,7 +171,7 @@ def test_autocast_outside_and_inside_of_the_compiled_region(options: dict[str, b
 def test_modes_of_torch_compile(mode: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", "1" if options["dequant_at_load"] else "0")
     model = Chain()
-    with torch.no_grad(), report.capture() as graphs:
+    with torch.no_grad(), report.collect() as graphs:
         compiled = torch.compile(model, backend="mxfp8", mode=mode, fullgraph=True)
         for _ in range(3):
             assert_same(compiled(rows()), model(rows()))
@@ -284,7 +284,7 @@ def test_bias_in_two_layers_on_one_weight() -> None:
         return first(x) - second(x)
 
     compiled = torch.compile(model, backend=folding(**ON), fullgraph=True)
-    with report.capture() as graphs:
+    with report.collect() as graphs:
         assert_same(compiled(rows()), model(rows()))
     assert len(graphs[0].weights) == 1
     lowering.refresh(nn.ModuleList([first, second]))

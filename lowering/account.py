@@ -1,0 +1,181 @@
+"""The account of one graph: what became of each MXFP8 weight, and which linears are none.
+
+A weight that is not folded is "kept" where ``mxfp8::linear`` reads it. It is "unmatched" where the operator
+``mxfp8::dequant`` or other code dequantizes it in every call, and the account says why no linear was seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mxfp8_ops.format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
+
+from .graph import (
+    StaticView,
+    arguments,
+    cast_to,
+    is_linear,
+    is_plain_linear,
+    leaf_name,
+    static_view,
+    value_of,
+    view_name,
+)
+from .report import KEPT, UNMATCHED, GraphReport, Identity, PlainLinear, WeightReport
+from .slots import Request
+from .text import dtype_name
+
+Tensors = Callable[[fx.Node], Any]
+"""The tensor behind a graph input, None where there is none to be had."""
+
+
+class Account:
+    """Writes the rows of a report while a graph is being folded.
+
+    Args:
+        report: which is filled.
+        tensors: the tensors behind the graph's inputs.
+    """
+
+    def __init__(self, report: GraphReport, tensors: Tensors) -> None:
+        self.report, self.tensors = report, tensors
+        self.rows: dict[str, WeightReport] = {}
+
+    # --- folded -------------------------------------------------------------------------------------------
+
+    def folded(self, request: Request, value: Tensor, packed: int, scale: int, still_packed: int) -> None:
+        """Notes a dequantized weight, the bytes of its packed form, and how many of those are still held."""
+        name = view_name(request.weight)
+        row = self.rows.get(name)
+        if row is None:
+            row = self._row(request, tuple(value.shape), packed + scale, value.device)
+        row.add_dequantized(value, "dequantized to ")
+        row.bytes_after -= packed - still_packed
+        dequantized = f"{name}.dequantized"
+        self.report.owners.add(name, dequantized, dequantized)
+
+    # --- left ---------------------------------------------------------------------------------------------
+
+    def left(self, node: fx.Node, request: Request | None, weight: Tensor, scale: Tensor, reason: str) -> WeightReport:
+        """Notes a call of ``mxfp8::linear`` or ``mxfp8::dequant`` that is not folded, and why."""
+        name = view_name(request.weight) if request else str(arguments(node, "x", "weight")[is_linear(node)])
+        row = self.rows.get(name)
+        if row is None:
+            row = self._row(request, tuple(weight.shape), weight.nbytes + scale.nbytes, weight.device, name)
+            if request and request.weight.leaf.op == request.scale.leaf.op == "get_attr":
+                self.report.constants.append((row, weakref.ref(self.tensors(request.weight.leaf))))
+        if is_linear(node):
+            row.reason = row.reason or reason
+        else:
+            row.action, row.reason = UNMATCHED, f"{why_no_linear(node)}; not folded: {reason}"
+        return row
+
+    def written_out(self, graph: fx.Graph) -> None:
+        """Notes static MXFP8 weights that no operator of ours reads: their dequantization is written out."""
+        leaves = [node for op in ("placeholder", "get_attr") for node in graph.find_nodes(op=op)]
+        read = {node for node in leaves if leaf_name(node) in self.report.owners.leaves}
+        scales = [node for node in leaves if node not in read and _dtype(node) in (SCALE_DTYPE, torch.float8_e8m0fnu)]
+        for node in leaves:
+            scale = None if node in read or not node.users else _scale_of(node, scales)
+            if scale is None:
+                continue
+            weight, readers = value_of(node), ", ".join(dict.fromkeys(map(called, node.users)))
+            request = Request(StaticView(node), StaticView(scale), weight.dtype)
+            row = self._row(request, tuple(weight.shape), weight.nbytes + value_of(scale).nbytes, weight.device)
+            row.action = UNMATCHED
+            row.reason = f"read by {readers}, no operator of this package: use mxfp8_ops.linear(x, weight, scale)"
+
+    def plain_linears(self, graph: fx.Graph) -> None:
+        """Notes linears on static weights that are not MXFP8."""
+        seen = {each.name for each in self.report.plain}
+        for node in graph.nodes:
+            if not is_plain_linear(node):
+                continue
+            _, weight = arguments(node, "input", "weight")
+            view, value = static_view(weight), value_of(weight)
+            if view is not None and isinstance(value, Tensor) and (name := view_name(view)) not in seen:
+                seen.add(name)
+                plain = PlainLinear(name, tuple(value.shape), dtype_name(value.dtype), value.nbytes)
+                self.report.plain.append(plain)
+
+    # --- rows ---------------------------------------------------------------------------------------------
+
+    def _row(
+        self, request: Request | None, shape: tuple[int, ...], size: int, device: torch.device, name: str = ""
+    ) -> WeightReport:
+        identity = None
+        if request is not None:
+            name = view_name(request.weight)
+            tensor = self.tensors(request.weight.leaf)
+            identity = Identity(weakref.ref(tensor), request.weight.text) if isinstance(tensor, Tensor) else None
+            for view in (request.weight, request.scale):
+                self.report.owners.add(name, view_name(view), leaf_name(view.leaf))
+        row = WeightReport(name, shape, KEPT, "", size, size, device=str(device), identity=identity)
+        self.rows[name] = row
+        self.report.weights.append(row)
+        return row
+
+
+def why_no_linear(dequant: fx.Node) -> str:
+    """Why a call of ``mxfp8::dequant`` is no part of a linear."""
+    dtype = arguments(dequant, "weight", "scale", "dtype")[2]
+    users, node = list(dequant.users), dequant
+    while len(users) == 1 and (to := cast_to(users[0])) is not None:
+        node, users = users[0], list(users[0].users)
+        if any(map(is_plain_linear, users)):
+            return (
+                f"rounded to {dtype_name(dtype)} before the cast to {dtype_name(to)}, unlike linear, which rounds "
+                f"once: ask dequant for {dtype_name(to)}"
+            )
+    if any(user.op == "output" for user in users):
+        return "dequantized in every call: the result leaves the graph"
+    shape = getattr(value_of(dequant), "shape", ())
+    if len(shape) != 2:
+        return f"dequantized in every call for {_called_by(node)}: linear takes [N, K], not {len(shape)} dimensions"
+    return f"dequantized in every call for {_called_by(node)}, which is not linear"
+
+
+def called(node: fx.Node) -> str:
+    """The name of what a node calls, without module and overload."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.split("::")[-1])
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def _called_by(node: fx.Node) -> str:
+    """What uses a node's value, looking through transposes and other views."""
+    found: dict[str, None] = {}
+    pending: list[fx.Node] = list(node.users)
+    for user in pending:
+        inner = user.args[0] if user.args else None
+        is_view = user.op == "call_method" or called(user) in ("getattr", "getitem")
+        if is_view and user.all_input_nodes == [inner] and user.users and cast_to(user) is None:
+            pending.extend(user.users)
+        else:
+            found[called(user)] = None
+    return ", ".join(found)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(value_of(node), "dtype", None)
+
+
+def _scale_of(node: fx.Node, scales: Iterable[fx.Node]) -> fx.Node | None:
+    """The scale that goes with a weight no operator reads: bytes of its shape, of the nearest name. None if
+    the weight is not MXFP8.
+    """
+    weight = value_of(node)
+    if not isinstance(weight, Tensor) or weight.dtype != ELEMENT_DTYPE or weight.dim() < 2:
+        return None
+    *rows, k = weight.shape
+    fitting = [each for each in scales if tuple(value_of(each).shape) == (*rows, k // BLOCK_SIZE)]
+    return max(fitting, key=lambda each: _common(leaf_name(node), leaf_name(each)), default=None)
+
+
+def _common(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

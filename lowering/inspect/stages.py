@@ -1,0 +1,53 @@
+"""Listening to a compile: graphs at the stages between Dynamo and Inductor, and the generated code."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from .. import compat, passes, report
+
+STAGES = {compat.JOINT_PRE: report.AOT, compat.JOINT_POST: report.JOINT}
+
+
+class StagePass(passes.Mxfp8Pass):
+    """Records the graph as it stands at one of Inductor's slots, and changes nothing."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def __call__(self, graph: fx.Graph) -> None:
+        current = report.current()
+        if current is not None:
+            current.record(self.stage, graph)
+
+
+def install(patches: dict[str, Any]) -> dict[str, Any]:
+    """Patches of Inductor's configuration with a pass at every stage, and with its own book-keeping on."""
+    for slot, stage in STAGES.items():
+        patches = passes.install(patches, slot, StagePass(stage))
+    return {**patches, **compat.provenance()}
+
+
+@contextlib.contextmanager
+def generated_code() -> Iterator[None]:
+    """Adds the code that Inductor generates in the block to the report of its graph."""
+
+    def receive(code: str) -> None:
+        current = report.current()
+        if current is not None:
+            current.code.append(report.GeneratedCode(normalised(code), compat.kernel_handles()))
+
+    with compat.output_code(receive):
+        yield
+
+
+def normalised(code: str) -> str:
+    """Generated code without what differs from process to process: counters of compiles, paths of caches."""
+    lines = [line for line in code.splitlines() if not line.startswith(("# AOT ID:", "# kernel path:"))]
+    return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/(?=[\w.+-]+)", "", "\n".join(lines))
