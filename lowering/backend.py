@@ -16,7 +16,6 @@ from mxfp8_ops import environment, settings
 from . import compat, passes, released, report
 from . import fold as fold  # registers the freezing pattern
 from .frozen import FrozenCall
-from .graph import label_leaves
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,8 @@ def lower(
             released.refuse(tensor, "a weight", f"{environment.PASSES} is off")
         return compile_graph(gm, example_inputs, patches)
     fold = settings.dequant_at_load(options.dequant_at_load) is True
-    copy = compat.copy_graph_module(gm)
-    label_leaves(copy, example_inputs, names or {})
     keep_all = "" if fold else passes.FLAG_IS_OFF
-    graph_report, hoist, folded = passes.rewrite(copy, example_inputs, keep_all, options.release_quantized, gm)
+    graph_report, hoist, folded = passes.rewrite(gm, example_inputs, keep_all, options.release_quantized, names or {})
     own = passes.LowerPass(fold)
     with passes.lowering(), graph_report.timed("total"):
         compiled = compile_graph(folded.gm, folded.inputs, passes.install(patches, compat.POST_GRAD, own))

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import _lazy_graph_module
 
 Compile = Callable[[fx.GraphModule, Sequence[Any], dict[str, Any]], Callable[..., Any]]
 """Compiles a graph for example inputs, under patches of Inductor's configuration."""
@@ -126,7 +127,8 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in copies.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copy = fx.GraphModule(gm, graph)
+    with _lazy_graph_module._use_lazy_graph_module(True):  # its code is written when somebody calls it
+        copy = _lazy_graph_module._make_graph_module(gm, graph)
     for name, value in gm.__dict__.items():
         copy.__dict__.setdefault(name, value)
     copy.meta.update(gm.meta)
@@ -145,14 +147,13 @@ def is_dynamo_graph(graph: fx.Graph) -> bool:
     return known or not any("example_value" in node.meta for node in graph.nodes)
 
 
-def add_static_input(gm: fx.GraphModule, label: str, example: object) -> fx.Node:
-    """Appends a placeholder, called ``label`` in reports. AOTAutograd counts it among the static inputs, as it
-    does parameters: CUDA graphs then do not copy it. The marks are those Dynamo sets; a source of None is
-    allowed more than once.
+def add_static_input(after: fx.Node, label: str, example: object) -> fx.Node:
+    """Adds a placeholder after the last one so far, called ``label`` in reports. AOTAutograd counts it among the
+    static inputs, as it does parameters: CUDA graphs then do not copy it. The marks are those Dynamo sets; a
+    source of None is allowed more than once.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    with gm.graph.inserting_after(placeholders[-1]):
-        node = gm.graph.placeholder(f"folded_{len(placeholders)}_" + re.sub(r"\W", "_", label))
+    with after.graph.inserting_after(after):
+        node = after.graph.placeholder("folded_" + re.sub(r"\W", "_", label))
     node._dynamo_source = None
     node.meta["mxfp8_label"] = label
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

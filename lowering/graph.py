@@ -53,11 +53,9 @@ def value_of(node: object) -> Any:
 # --- F.linear(x, dequant(w, s)) is linear(x, w, s) --------------------------------------------------------
 
 
-def recognise_all(gm: fx.GraphModule) -> None:
-    """``recognise`` in the graph and in the sub-graphs of its higher-order operators."""
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            recognise(module.graph)
+def recognise_all(gm: fx.GraphModule) -> int:
+    """``recognise`` in the graph and in the sub-graphs of its higher-order operators; returns how many."""
+    return sum(recognise(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule))
 
 
 def recognise(graph: fx.Graph) -> int:
@@ -278,10 +276,11 @@ def leaf_name(node: fx.Node) -> str:
 
 
 def label_leaves(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> None:
-    """Gives the inputs and constants of a graph the names that are known for their tensors, by ``id``."""
+    """Settles the names of a graph's inputs and constants: those known for their tensors, by ``id``, else
+    Dynamo's.
+    """
     placeholders = gm.graph.find_nodes(op="placeholder")
     constants = gm.graph.find_nodes(op="get_attr")
     tensors = [*inputs, *(getattr(gm, str(node.target), None) for node in constants)]
     for node, tensor in zip([*placeholders, *constants], tensors, strict=True):
-        if id(tensor) in names:
-            node.meta["mxfp8_label"] = names[id(tensor)]
+        node.meta["mxfp8_label"] = names.get(id(tensor)) or leaf_name(node)

@@ -87,6 +87,10 @@ class Level:
         self.written = written_storages(self.gm.graph)
         self.returned = returned_storages(self.gm.graph)
         self.placeholders = self.gm.graph.find_nodes(op="placeholder")
+        self.positions = {node: position for position, node in enumerate(self.placeholders)}
+
+    def last_input(self) -> fx.Node:
+        return next(reversed(self.added.values()), self.placeholders[-1])
 
 
 @dataclass
@@ -103,9 +107,9 @@ class Site:
         return None if weight is None or scale is None else Request(weight, scale, request.dtype)
 
     def _lift(self, called: Level, view: StaticView) -> StaticView | None:
-        if view.leaf not in called.placeholders:
+        if view.leaf not in called.positions:
             return None
-        operand = static_view(self.node.args[self.first + called.placeholders.index(view.leaf)])
+        operand = static_view(self.node.args[self.first + called.positions[view.leaf]])
         return None if operand is None else view.of(operand)
 
 
@@ -205,7 +209,7 @@ class Hoist:
         if request is None:
             return "the weight is computed in the graph"
         leaves = (request.weight.leaf, request.scale.leaf)
-        if any(storages(leaf) & level.written for leaf in leaves):
+        if level.written and any(storages(leaf) & level.written for leaf in leaves):
             return "the graph writes to the weight or its scale"
         if level is self.top:
             return next(filter(None, map(self._why_not_static, leaves)), "")
@@ -230,12 +234,15 @@ class Hoist:
         """The node that holds the dequantized weight in this graph, made when there is none."""
         key = (request.weight.leaf, request.scale.leaf, request.views, request.dtype)
         if key not in level.added:
-            if level is self.top:
-                position = self.top.placeholders.index
-                self.slots.append(Slot((position(key[0]), position(key[1])), request))
-            packed = request.weight(value_of(request.weight.leaf))
-            value = packed.new_empty(packed.shape, dtype=request.dtype)
-            level.added[key] = compat.add_static_input(level.gm, f"{view_name(request.weight)}.dequantized", value)
+            value = None
+            if level is self.top:  # its value is known when the weight has been dequantized
+                self.slots.append(Slot((level.positions[key[0]], level.positions[key[1]]), request))
+            else:
+                packed = request.weight(value_of(request.weight.leaf))
+                value = packed.new_empty(packed.shape, dtype=request.dtype)
+            level.added[key] = compat.add_static_input(
+                level.last_input(), f"{view_name(request.weight)}.dequantized", value
+            )
             for site in level.sites:
                 lifted = site.lift(level, request)
                 assert lifted is not None  # _why_not_supplied looked at every site
@@ -278,9 +285,8 @@ class Hoist:
     def _example(self, leaf: fx.Node) -> Any:
         if leaf.op == "get_attr":
             return getattr(self.top.gm, str(leaf.target), None)
-        if leaf not in self.top.placeholders:
-            return None
-        return self.example_inputs[self.top.placeholders.index(leaf)]
+        position = self.top.positions.get(leaf)
+        return None if position is None else self.example_inputs[position]
 
     def _origins(self, level: Level, request: Request | None) -> list[Request | None]:
         """A request in terms of the top graph's inputs, one for every way the sub-graph is reached."""
@@ -307,6 +313,7 @@ def _drop_folded_operands(level: Level) -> None:
             del args[site.first + position]
             site.node.args = tuple(args)
         del level.placeholders[position]
+        level.positions = {node: position for position, node in enumerate(level.placeholders)}
         level.gm.graph.erase_node(leaf)
 
 

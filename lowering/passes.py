@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import mxfp8_ops
 from mxfp8_ops import settings
 
 from . import compat, kernels, report
-from .graph import leaf_name, recognise, recognise_all
+from .graph import label_leaves, leaf_name, recognise, recognise_all
 from .hoist import Hoist
 from .report import GraphBreak, GraphReport
 from .slots import Folded
@@ -77,7 +77,7 @@ class RecognisePass(Mxfp8Pass):
             recognise(graph)
             return  # reported already, or the sub-graph of an operator: reported with the graph that calls it
         keep = _ONLY_FREEZING if self.fold else FLAG_IS_OFF
-        rewrite(gm, [None] * len(inputs), keep, release=False, original=compat.copy_graph_module(gm))
+        rewrite(gm, [None] * len(inputs), keep, release=False, names={}, in_place=True)
 
 
 class LowerPass(Mxfp8Pass):
@@ -94,29 +94,38 @@ class LowerPass(Mxfp8Pass):
 
 
 def rewrite(
-    gm: fx.GraphModule, inputs: Sequence[Any], keep_all: str, release: bool, original: fx.GraphModule
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    keep_all: str,
+    release: bool,
+    names: Mapping[int, str],
+    in_place: bool = False,
 ) -> tuple[GraphReport, Hoist, Folded]:
-    """Recognises and folds in one Dynamo graph, and publishes the report of it.
+    """Recognises and folds in a copy of one Dynamo graph, and publishes the report of it.
 
     Args:
-        gm: changed in place. inputs, keep_all, release: see ``Hoist``.
-        original: the graph as Dynamo made it; ``gm`` is a copy of it, or it of ``gm``.
+        gm: the graph, changed only if ``in_place``.
+        inputs, keep_all, release: see ``Hoist``.
+        names: see ``graph.label_leaves``.
     """
-    graph_report = GraphReport(graph_break=GraphBreak.of(*(compat.graph_break_of(original) or (None,))))
+    graph_report = GraphReport(graph_break=GraphBreak.of(*(compat.graph_break_of(gm) or (None,))))
     with graph_report.timed("passes"):
-        leaves = [node for op in ("placeholder", "get_attr") for node in gm.graph.find_nodes(op=op)]
-        names = {node.name: leaf_name(node) for node in leaves}
-        constants = [
-            (getattr(gm, str(node.target), None), names[node.name]) for node in leaves if node.op == "get_attr"
-        ]
+        copy = compat.copy_graph_module(gm)
+        changed, unchanged = (gm, copy) if in_place else (copy, gm)
+        label_leaves(changed, inputs, names)
+        leaves = [node for op in ("placeholder", "get_attr") for node in changed.graph.find_nodes(op=op)]
+        labels = {node.name: leaf_name(node) for node in leaves}
+        constants = [(getattr(gm, str(node.target), None), leaf_name(node)) for node in leaves if node.op == "get_attr"]
         graph_report.labels = [(weakref.ref(each), name) for each, name in constants if isinstance(each, Tensor)]
-        recognise_all(gm)
-        hoist = Hoist(gm, inputs, keep_all, release, graph_report)
+        recognised = recognise_all(changed)
+        hoist = Hoist(changed, inputs, keep_all, release, graph_report)
         folded = hoist.run()
-        graph_report.inputs = [leaf_name(node) for node in gm.graph.find_nodes(op="placeholder")]
-        before = graph_lines(original, graph_report.owners, lambda node: names.get(node.name) or leaf_name(node))
+        graph_report.inputs = [leaf_name(node) for node in changed.graph.find_nodes(op="placeholder")]
+        before = after = graph_lines(changed, graph_report.owners)
+        if recognised or folded.slots:
+            before = graph_lines(unchanged, graph_report.owners, lambda node: labels.get(node.name) or leaf_name(node))
         graph_report.add_stage(report.BEFORE, before)
-        graph_report.add_stage(report.AFTER, graph_lines(gm, graph_report.owners))
+        graph_report.add_stage(report.AFTER, after)
         report.publish(graph_report)
     graph_report.seconds["passes"] -= graph_report.seconds.get("dequantize", 0.0)
     return graph_report, hoist, folded
