@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -17,8 +17,15 @@ help: ## show this list
 demo: $(STAMP) ## the main job on real weights: MiniLM in bf16, eager, compiled, folded
 	$(BIN)/python scripts/demo.py
 
-test: $(STAMP) ## all tests, on WORKERS processes (default 2)
+test: $(STAMP) browser ## all tests, on WORKERS processes (default 2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Without a browser the tests of the page are skipped, except in CI, where they fail.
+browser: ## Chromium for the tests of the HTML page, from Debian's packages, where there is none
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	[ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null || \
+	echo "no chromium and chromedriver: install them to run the tests of the HTML page"
 
 lint: $(STAMP) ## ruff (format and rules) and mypy
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ from .graph import (
     cast_to,
     is_linear,
     is_plain_linear,
+    is_view,
     leaf_name,
     static_view,
     value_of,
@@ -150,11 +151,9 @@ def called(node: fx.Node) -> str:
 def _called_by(node: fx.Node) -> str:
     """What uses a node's value, looking through transposes and other views."""
     found: dict[str, None] = {}
-    pending: list[fx.Node] = list(node.users)
+    pending = list(node.users)
     for user in pending:
-        inner = user.args[0] if user.args else None
-        is_view = user.op == "call_method" or called(user) in ("getattr", "getitem")
-        if is_view and user.all_input_nodes == [inner] and user.users and cast_to(user) is None:
+        if is_view(user) and user.all_input_nodes == [user.args[0]]:
             pending.extend(user.users)
         else:
             found[called(user)] = None

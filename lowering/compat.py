@@ -147,13 +147,14 @@ def is_dynamo_graph(graph: fx.Graph) -> bool:
     return known or not any("example_value" in node.meta for node in graph.nodes)
 
 
-def add_static_input(after: fx.Node, label: str, example: object) -> fx.Node:
-    """Adds a placeholder after the last one so far, called ``label`` in reports. AOTAutograd counts it among the
-    static inputs, as it does parameters: CUDA graphs then do not copy it. The marks are those Dynamo sets; a
-    source of None is allowed more than once.
+def add_static_input(after: fx.Node, number: int, label: str, example: object) -> fx.Node:
+    """Adds the ``number``-th new placeholder, after the last one so far, called ``label`` in reports.
+
+    AOTAutograd counts it among the static inputs, as it does parameters: CUDA graphs then do not copy it. The
+    marks are those Dynamo sets; a source of None is allowed more than once.
     """
     with after.graph.inserting_after(after):
-        node = after.graph.placeholder("folded_" + re.sub(r"\W", "_", label))
+        node = after.graph.placeholder(f"folded_{number}_" + re.sub(r"\W", "_", label))
     node._dynamo_source = None
     node.meta["mxfp8_label"] = label
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

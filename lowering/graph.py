@@ -139,6 +139,13 @@ _VIEW_METHODS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueez
 _VIEW_METHODS |= {"select", "narrow", "contiguous", "detach"}
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node makes a view of one tensor, by method, index or attribute (``.T``)."""
+    if node.op == "call_method":
+        return node.target in _VIEW_METHODS
+    return node.op == "call_function" and node.target in (operator.getitem, getattr)
+
+
 @dataclass(frozen=True)
 class StaticView:
     """A tensor computed from one graph input by views: ``w``, ``experts[3]``, ``scale.view(uint8)``.

@@ -240,9 +240,9 @@ class Hoist:
             else:
                 packed = request.weight(value_of(request.weight.leaf))
                 value = packed.new_empty(packed.shape, dtype=request.dtype)
-            level.added[key] = compat.add_static_input(
-                level.last_input(), f"{view_name(request.weight)}.dequantized", value
-            )
+            label = f"{view_name(request.weight)}.dequantized"
+            node = compat.add_static_input(level.last_input(), len(level.added), label, value)
+            level.added[key] = node
             for site in level.sites:
                 lifted = site.lift(level, request)
                 assert lifted is not None  # _why_not_supplied looked at every site

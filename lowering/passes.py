@@ -1,6 +1,6 @@
 """Our passes in Inductor's slots: what they share (identity, flag) and the two of them.
 
-Every pass has a ``uuid`` made of this package's source, the flag and autocast's state: Inductor puts it into
+Every pass has a ``uuid`` made of this package's source, the flags and autocast's state: Inductor puts it into
 its cache keys, so neither an upgrade nor a flag flipped between two processes finds the other's artifact.
 """
 
@@ -54,10 +54,11 @@ class Mxfp8Pass(CustomGraphPass):
     @property
     def fold(self) -> bool:
         """Whether load-time dequant is folded: a compiler doubles memory only when asked."""
-        return settings.dequant_at_load(self.dequant_at_load) is True
+        return settings.passes() and settings.dequant_at_load(self.dequant_at_load) is True
 
     def uuid(self) -> Any:
-        return type(self).__name__, source_hash(), self.fold, compat.autocast_state()
+        switches = (self.fold, settings.passes(), settings.kernels())
+        return type(self).__name__, source_hash(), switches, compat.autocast_state()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.dequant_at_load == other.dequant_at_load

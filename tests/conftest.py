@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,3 +31,49 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     lowering.disable()
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with copies of the modules in ``targets/``, which can be imported from there."""
+    for path in (Path(__file__).parent / "targets").glob("*.py"):
+        shutil.copy(path, tmp_path)
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One headless browser for all tests of this process."""
+    import pages
+
+    started = pages.start(tmp_path_factory.mktemp("browser"))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def browser(driver: Any, tmp_path: Path) -> Iterator[Any]:
+    """A browser to open pages in; every test ends with a look at the console."""
+    import pages
+
+    made = pages.Browser(driver, tmp_path)
+    made.width(1400)
+    made.media()
+    yield made
+    assert driver.get_log("browser") == []
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[Any]:
+    """Reports on a small model as it is really compiled, with the flag on and off."""
+    import pages
+    from models import rows
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return [
+            lowering.explain(pages.Sample(), rows(), dequant_at_load=flag, title="Sample") for flag in (True, False)
+        ]

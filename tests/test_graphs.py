@@ -82,10 +82,10 @@ return (relu,)""",
         self.assertExpectedInline(
             graph.post_grad[0],
             """\
-constant _frozen_param1: bf16[48]
+constant 0.bias: bf16[48]
 input args.0: bf16[5, 64]
 constant 0.weight.dequantized: bf16[64, 48]
-addmm: bf16[5, 48] = aten.addmm(_frozen_param1, args.0, 0.weight.dequantized)
+addmm: bf16[5, 48] = aten.addmm(0.bias, args.0, 0.weight.dequantized)
 relu: bf16[5, 48] = aten.relu(addmm)
 return (relu,)""",
         )
@@ -96,10 +96,10 @@ return (relu,)""",
             graph.post_grad[0],
             """\
 constant 0.weight: f8e4m3fn[48, 64]
-constant _frozen_param1: bf16[48]
+constant 0.bias: bf16[48]
 constant 0.weight_scale: u8[48, 2]
 input args.0: bf16[5, 64]
-linear: bf16[5, 48] = mxfp8.linear(args.0, 0.weight, 0.weight_scale, _frozen_param1)
+linear: bf16[5, 48] = mxfp8.linear(args.0, 0.weight, 0.weight_scale, 0.bias)
 relu: bf16[5, 48] = aten.relu(linear)
 return (relu,)""",
         )

@@ -24,15 +24,15 @@ def reported(model: nn.Module, x: Tensor, **options: bool) -> list[WeightReport]
 def test_every_weight_has_name_shape_action_reason_and_bytes() -> None:
     model = Chain()
     packed = {name: 64 * n + 2 * n for name, n in (("up", 64), ("down", 32))}
+    kept = ("kept", "the flag is not on")
     assert reported(model, rows()) == [
-        WeightReport("up.weight", (64, 64), "kept", "the flag is not on", packed["up"], packed["up"]),
-        WeightReport("down.weight", (32, 64), "kept", "the flag is not on", packed["down"], packed["down"]),
+        WeightReport("up.weight", (64, 64), *kept, packed["up"], packed["up"], "mxfp8.linear (reference)"),
+        WeightReport("down.weight", (32, 64), *kept, packed["down"], packed["down"], "mxfp8.linear (reference)"),
     ]
+    folded = ("folded", "dequantized to bfloat16")
     assert reported(model, rows(), dequant_at_load=True) == [
-        WeightReport("up.weight", (64, 64), "folded", "dequantized to bfloat16", packed["up"], packed["up"] + 8192),
-        WeightReport(
-            "down.weight", (32, 64), "folded", "dequantized to bfloat16", packed["down"], packed["down"] + 4096
-        ),
+        WeightReport("up.weight", (64, 64), *folded, packed["up"], packed["up"] + 8192, "linear"),
+        WeightReport("down.weight", (32, 64), *folded, packed["down"], packed["down"] + 4096, "linear"),
     ]
 
 
@@ -77,16 +77,16 @@ def test_captures_nest_and_see_other_threads() -> None:
 def test_table_is_plain_text_with_totals() -> None:
     table = report.format_table(
         [
-            WeightReport("up.weight", (64, 32), "folded", "dequantized to bfloat16", 2112, 6208),
-            WeightReport("down.weight", (7, 32), "kept", "the flag is not on", 231, 231),
+            WeightReport("up.weight", (64, 32), "folded", "dequantized to bfloat16", 2112, 6208, "aten.mm"),
+            WeightReport("down.weight", (7, 32), "kept", "the flag is not on", 231, 231, "mxfp8.linear (reference)"),
         ]
     )
     assert table.splitlines() == [
-        "weight            shape  action  bytes before  bytes after  reason",
-        "----------------  -----  ------  ------------  -----------  -----------------------",
-        "up.weight         64x32  folded         2,112        6,208  dequantized to bfloat16",
-        "down.weight       7x32   kept             231          231  the flag is not on",
-        "----------------  -----  ------  ------------  -----------  -----------------------",
+        "weight            shape  action  bytes before  bytes after  kernel                    reason",
+        "----------------  -----  ------  ------------  -----------  ------------------------  -----------------------",
+        "up.weight         64x32  folded         2,112        6,208  aten.mm                   dequantized to bfloat16",
+        "down.weight       7x32   kept             231          231  mxfp8.linear (reference)  the flag is not on",
+        "----------------  -----  ------  ------------  -----------  ------------------------  -----------------------",
         "total: 2 weights                        2,343        6,439",
     ]
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import time
 import types
@@ -81,6 +82,7 @@ def explain(
         finally:
             for cell in compiled:
                 cell.clear()  # Dynamo may keep the function around it; this backend's it never calls again
+            gc.collect()  # compiled code and the weights it holds are full of cycles
     result.reused = 0
     return result
 

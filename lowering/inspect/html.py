@@ -4,9 +4,9 @@ are in ``page/`` beside this file.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,12 @@ from markupsafe import Markup
 
 from ..report import ACTIONS, AFTER, BEFORE, GraphReport
 from ..text import Line
+from . import diff
 from .document import document
 from .summary import Report
 
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = ("dom.js", "table.js", "graph.js", "details.js", "search.js", "main.js")
-
-UNCHANGED, CHANGED, REMOVED, ADDED = "=", "~", "-", "+"
 
 
 def page(reports: Sequence[Report]) -> str:
@@ -73,13 +72,14 @@ def _text(name: str) -> Markup:
 
 
 def size(count: int) -> str:
-    """``16.5 MiB`` for a number of bytes; the page's ``size`` in dom.js says the same."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
+    """``16.5 MiB`` for a number of bytes, halves rounded up as ``size`` in dom.js does."""
+    amount, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
         if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"
+            break
+        amount, unit = amount / 1024, larger
+    digits = {"B": 0, "GiB": 2}.get(unit, 1)
+    return f"{math.floor(amount * 10**digits + 0.5) / 10**digits:.{digits}f} {unit}"
 
 
 # --- what the template shows ---------------------------------------------------------------------------------
@@ -140,11 +140,7 @@ def _times(report: Report) -> str:
 
 def _labels(reports: Sequence[Report]) -> list[str]:
     """A name for each run, after what sets it apart."""
-    labels: list[str] = []
-    for report in reports:
-        words = [f"flag {report.settings.get('dequant_at_load', 'unset')}"]
-        words += [word for word in ("freezing", "dynamic", "caches") if report.settings.get(word)]
-        labels.append(", ".join(words))
+    labels = [report.label for report in reports]
     return [
         f"{label} ({labels[:position].count(label) + 1})" if labels.count(label) > 1 else label
         for position, label in enumerate(labels)
@@ -155,9 +151,11 @@ def _comparison(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """One line for each weight of any run: what it came to in each."""
     runs = [{weight.name: weight for weight in report.weights} for report in reports]
     names = dict.fromkeys(name for run in runs for name in run)
-    rows = [{"name": name, "cells": [run.get(name) for run in runs]} for name in names]
-    for row in rows:
-        row["differs"] = len({(cell.action, cell.bytes_after) if cell else None for cell in row["cells"]}) > 1
+    rows = []
+    for name in names:
+        cells = [run.get(name) for run in runs]
+        results = {(cell.action, cell.bytes_after) if cell else None for cell in cells}
+        rows.append({"name": name, "cells": cells, "differs": len(results) > 1})
     return rows
 
 
@@ -185,7 +183,7 @@ def _graph(graph: GraphReport, kernels: Sequence[dict[str, Any]]) -> dict[str, A
         "from_cache": graph.from_cache,
         "before": [_line(line) for line in before],
         "after": [_line(line) for line in after],
-        "diff": list(diff(before, after)),
+        "diff": list(diff.rows(before, after)),
         "kernels": steps,
         "sources": list(sources),
         "listings": dict(_listings(graph)),
@@ -210,29 +208,3 @@ def _listings(graph: GraphReport) -> Iterator[tuple[str, str]]:
 
 def _numbered(title: str, number: int, count: int) -> str:
     return title if count == 1 else f"{title} {number} of {count}"
-
-
-def diff(before: Sequence[Line], after: Sequence[Line]) -> Iterator[tuple[str, int, int]]:
-    """Rows of two graphs side by side: a sign, and the positions in either graph, -1 where there is no line.
-
-    Lines that declare the same name, type and weights are one node, rewritten if they differ otherwise. Such keys
-    hardly repeat, which keeps the search for long common runs short.
-    """
-    matcher = difflib.SequenceMatcher(None, list(map(_key, before)), list(map(_key, after)), autojunk=False)
-    for tag, i, i_end, j, j_end in matcher.get_opcodes():
-        if tag == "equal":
-            for left, right in zip(range(i, i_end), range(j, j_end), strict=True):
-                yield UNCHANGED if before[left].text == after[right].text else CHANGED, left, right
-            continue
-        for position in range(max(i_end - i, j_end - j)):
-            left, right = i + position, j + position
-            if left < i_end and right < j_end:
-                yield REMOVED + ADDED, left, right
-            elif left < i_end:
-                yield REMOVED, left, -1
-            else:
-                yield ADDED, -1, right
-
-
-def _key(line: Line) -> tuple[str, tuple[str, ...]]:
-    return line.text.partition(" = ")[0], line.weights

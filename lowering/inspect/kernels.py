@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..report import POST_GRAD, GeneratedCode, GraphReport, kernel_text
+from ..report import POST_GRAD, GraphReport, kernel_text
 
 _HANDLES = re.compile(r"# \[Provenance debug handles\] (.*)")
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[(.*?)\]")
@@ -43,8 +43,8 @@ def kernels(graph: GraphReport) -> list[Kernel]:
     lines = {line.node: line for line in graph.lines(POST_GRAD) if line.target}
     found = []
     for code in graph.code:
-        definitions = _definitions(code.text)
-        for name, call, handle, sources in _calls(code, set(definitions)):
+        definitions, program = _split(code.text)
+        for name, call, handle, sources in _calls(program, set(definitions)):
             computed = [lines[node] for node in code.handles.get(handle, ()) if node in lines]
             nodes = dict.fromkeys((*sources, *(source for line in computed for source in line.sources)))
             weights = dict.fromkeys(weight for line in computed for weight in line.weights)
@@ -66,26 +66,30 @@ def _readable(name: str, device: str) -> str:
     return kernel_text(found[1], device) if found else name.removeprefix("torch.ops.")
 
 
-def _definitions(code: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _split(code: str) -> tuple[dict[str, str], list[str]]:
+    """The definitions of kernels by name, and the lines of the program around them."""
+    definitions: dict[str, str] = {}
+    program: list[str] = []
     name = ""
     body: list[str] = []
     for line in code.splitlines():
         if not name and (match := _DEFINITION.match(line)):
             name, body = match[1], []
-        if name:
-            body.append(line)
-            if line.startswith("'''") or (len(body) == 1 and line.endswith(")")):
-                found[name] = "\n".join(body)
-                name = ""
-    return found
+        if not name:
+            program.append(line)
+            continue
+        body.append(line)
+        if line.startswith("'''") or (len(body) == 1 and line.endswith(")")):
+            definitions[name] = "\n".join(body)
+            name = ""
+    return definitions, program
 
 
-def _calls(code: GeneratedCode, defined: set[str]) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+def _calls(program: list[str], defined: set[str]) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
     """The name, the line, the handle and the source nodes of every call of a kernel."""
     handles: dict[str, str] = {}
     sources: tuple[str, ...] = ()
-    for line in map(str.strip, code.text.splitlines()):
+    for line in map(str.strip, program):
         if match := _HANDLES.match(line):
             handles = {handle.rpartition(":")[0]: handle for handle in match[1].split(", ")}
         elif match := _SOURCES.match(line):

@@ -37,6 +37,14 @@ class Report:
     weights_glob: str = ""
 
     @property
+    def label(self) -> str:
+        """The settings in a few words."""
+        words = [f"flag {self.settings.get('dequant_at_load', 'unset')}"]
+        words += [name for name in ("freezing", "dynamic") if self.settings.get(name)]
+        words += [f"{name} off" for name in ("passes", "kernels") if self.settings.get(name) == "off"]
+        return ", ".join(words)
+
+    @property
     def weights(self) -> list[WeightReport]:
         """Every MXFP8 weight once, as the last graph that read it left it."""
         return report.distinct(self.graphs)

@@ -133,13 +133,13 @@ def _function(module: ModuleType, name: str | None) -> Callable[[], object]:
 
 def _only_function(module: ModuleType) -> str:
     """The name of the function called factory, or else of the only public one that the file defines."""
+    if callable(getattr(module, "factory", None)):
+        return "factory"
     names = [
         name
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
-    if "factory" in names:
-        return "factory"
     if len(names) != 1:
         raise Failure(f"{module.__name__}.py defines {', '.join(names) or 'no function'}: name one, as in file.py:name")
     return names[0]

@@ -4,10 +4,10 @@ the same, and in a pipe no line is cut or wrapped.
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import os
 import pydoc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..report import AFTER, BEFORE, FOLDED, KEPT, UNMATCHED, GraphReport, WeightReport
-from ..text import Line
+from . import diff
 from .summary import Report
 
 STYLES = {FOLDED: "green", KEPT: "cyan", UNMATCHED: "bold yellow"}
@@ -77,16 +77,8 @@ def show(text: str, on: Console, pager: bool = True) -> None:
 # --- tables ---------------------------------------------------------------------------------------------------
 
 
-def settings_text(report: Report) -> str:
-    """The settings of a run in a line."""
-    words = [f"flag {report.settings['dequant_at_load']}"]
-    words += [name for name in ("freezing", "dynamic") if report.settings.get(name)]
-    words += [f"{name} off" for name in ("passes", "kernels") if report.settings.get(name) == "off"]
-    return ", ".join(words)
-
-
 def _run(report: Report, on: Console) -> None:
-    _heading(f"{report.title}: {settings_text(report)}", on)
+    _heading(f"{report.title}: {report.label}", on)
     if report.weights:
         on.print(_weights(report.weights))
         memory = report.memory
@@ -137,7 +129,7 @@ def _comparison(reports: Sequence[Report], on: Console) -> None:
     for report in reports:
         rows = {row.name: row for row in report.weights}
         runs.append(rows)
-        title = settings_text(report)
+        title = report.label
         table.add_column(title, ", ".join(f"{n} {action}" for action, n in report.counts.items() if n), no_wrap=True)
         table.add_column("bytes after", f"{report.memory.after:,}", justify="right", no_wrap=True)
     for name in dict.fromkeys(name for rows in runs for name in rows):
@@ -155,22 +147,22 @@ def _comparison(reports: Sequence[Report], on: Console) -> None:
 def _stages(report: Report, graph: GraphReport, title: str, on: Console, stages: Sequence[str], context: int) -> None:
     for stage in stages:
         if stage == DYNAMO:
-            _heading(f"{title}, {settings_text(report)}: before and after", on)
-            _print_diff(diff(graph, context, bool(report.weights_glob)), on)
+            _heading(f"{title}, {report.label}: before and after", on)
+            _print_diff(list(unified(graph, context, bool(report.weights_glob))), on)
         elif stage == CODE:
             for code in graph.code:
-                _heading(f"{title}, {settings_text(report)}: generated code", on)
+                _heading(f"{title}, {report.label}: generated code", on)
                 on.print(
                     Syntax("", "python").highlight(code.text) if on.is_terminal else Text(code.text), soft_wrap=True
                 )
         else:
             for lines in graph.stages.get(stage, ()):
-                _heading(f"{title}, {settings_text(report)}: {stage}", on)
+                _heading(f"{title}, {report.label}: {stage}", on)
                 on.print(Text("\n".join(map(str, lines))), soft_wrap=True)
 
 
-def diff(graph: GraphReport, context: int, only_linked: bool = False) -> list[str]:
-    """A unified diff of Dynamo's graph before and after the lowering.
+def unified(graph: GraphReport, context: int, only_linked: bool = False) -> Iterator[str]:
+    """Dynamo's graph before and after the lowering as a unified diff.
 
     Args:
         graph: whose stages are compared.
@@ -178,23 +170,23 @@ def diff(graph: GraphReport, context: int, only_linked: bool = False) -> list[st
         only_linked: leave out changes without a line of a weight.
     """
     before, after = graph.lines(BEFORE), graph.lines(AFTER)
-    matcher = difflib.SequenceMatcher(None, [line.text for line in before], [line.text for line in after], False)
-    result: list[str] = []
-    for group in matcher.get_grouped_opcodes(context):
-        (_, a, _, c, _), (_, _, b, _, d) = group[0], group[-1]
-        if only_linked and not _is_linked([*before[a:b], *after[c:d]]):
+    for hunk in diff.hunks(list(diff.rows(before, after)), context):
+        old = [row.before for row in hunk if row.before >= 0]
+        new = [row.after for row in hunk if row.after >= 0]
+        if only_linked and not any(line.weights for line in (*(before[i] for i in old), *(after[i] for i in new))):
             continue
-        result.append(f"@@ -{a + 1},{b - a} +{c + 1},{d - c} @@")
-        for tag, i, j, k, m in group:
-            if tag == "equal":
-                result += [f" {line}" for line in before[i:j]]
+        yield f"@@ -{_range(old)} +{_range(new)} @@"
+        for unchanged, rows in itertools.groupby(hunk, lambda row: row.sign == diff.UNCHANGED):
+            part = list(rows)
+            if unchanged:
+                yield from (f" {before[row.before]}" for row in part)
             else:
-                result += [f"-{line}" for line in before[i:j]] + [f"+{line}" for line in after[k:m]]
-    return result
+                yield from (f"-{before[row.before]}" for row in part if row.before >= 0)
+                yield from (f"+{after[row.after]}" for row in part if row.after >= 0)
 
 
-def _is_linked(lines: Iterable[Line]) -> bool:
-    return any(line.weights for line in lines)
+def _range(positions: Sequence[int]) -> str:
+    return f"{positions[0] + 1 if positions else 0},{len(positions)}"
 
 
 def _print_diff(lines: Sequence[str], on: Console) -> None:

@@ -84,7 +84,9 @@ function whyNoKernel(graph, what) {
 }
 
 function kernelView(graph, kernel) {
-  const made = element("article", { class: "kernel" }, element("h3", {}, element("code", {}, kernel.name)));
+  const { graphs } = chosen.run;
+  const where = graphs.length > 1 ? ` in graph ${graphs.indexOf(graph) + 1} of ${graphs.length}` : "";
+  const made = element("article", { class: "kernel" }, element("h3", {}, element("code", {}, kernel.name), where));
   made.append(element("pre", { class: "call", "aria-label": "The call" }, kernel.call));
   if (kernel.source >= 0) made.append(element("pre", { "aria-label": "The source" }, graph.sources[kernel.source]));
   else made.append(paragraph("A kernel of a library: its source is not part of the generated code."));

@@ -27,7 +27,7 @@ function size(bytes) {
     bytes /= 1024;
     unit += 1;
   }
-  return `${bytes.toFixed(Math.max(0, [0, 1, 1, 2][unit]))} ${units[unit]}`;
+  return `${bytes.toFixed([0, 1, 1, 2][unit])} ${units[unit]}`;
 }
 
 const exactBytes = (bytes) => `${bytes.toLocaleString("en")} bytes`;

@@ -119,7 +119,6 @@ const SIGNS = {
   "~": [["changed", "~"], ["changed", "~"]],
   "-": [["removed", "−"], ["none", " "]],
   "+": [["none", " "], ["added", "+"]],
-  "-+": [["removed", "−"], ["added", "+"]],
 };
 
 function buildLine(pane, position) {
@@ -137,7 +136,7 @@ function buildLine(pane, position) {
   });
   made.row = position;
   pane.lines[position] = made;
-  writeLine(made, line.text);
+  made.append(line.text);
   return made;
 }
 
@@ -158,6 +157,7 @@ function unfold(from) {
     if (pane.querySelector('[tabindex="0"]') === null || hadFocus) rest(pane, first);
     if (hadFocus) first.focus();
   }
+  markFound();
 }
 
 // --- what is chosen ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // Finding text in the lines of the graph, folded ones too.
 
-const found = { text: "", rows: [], position: 0, marked: [] };
+const found = { text: "", rows: [], position: 0 };
 
 /** Looks for what the box says, and goes to the first place. */
 function search() {
@@ -12,32 +12,28 @@ function search() {
       if (row.lines.some(matches)) found.rows.push(position);
     });
   }
-  rewrite(found.marked);
-  const lines = view.panes.flatMap((pane) => found.rows.map((position) => pane.lines[position]));
-  rewrite(lines.filter(Boolean));
+  markFound();
   goTo(0);
 }
 
-function rewrite(lines) {
-  for (const line of lines) {
-    const pane = line.closest(".pane");
-    if (pane !== null) writeLine(line, view.rows[line.row].lines[pane.side].text);
-  }
+/** Marks every place without touching the lines: thousands of them would take their time. */
+function markFound() {
+  if (!globalThis.Highlight) return;
+  const lines = view.panes.flatMap((pane) => found.rows.map((position) => pane.lines[position]).filter(Boolean));
+  const places = new Highlight();
+  for (const line of lines) for (const place of placesIn(line)) places.add(place);
+  CSS.highlights.set("found", places);
 }
 
-/** Writes the text of a line, with what is searched for marked. */
-function writeLine(line, text) {
-  line.textContent = "";
-  const lower = text.toLowerCase();
-  let start = 0;
-  let at = found.text ? lower.indexOf(found.text) : -1;
-  if (at >= 0) found.marked.push(line);
-  while (at >= 0) {
-    line.append(text.slice(start, at), element("mark", {}, text.slice(at, at + found.text.length)));
-    start = at + found.text.length;
-    at = lower.indexOf(found.text, start);
+function placesIn(line) {
+  const [text] = line.childNodes;
+  const lower = text.data.toLowerCase();
+  const places = [];
+  for (let at = lower.indexOf(found.text); at >= 0; at = lower.indexOf(found.text, at + found.text.length)) {
+    const end = Math.min(at + found.text.length, text.data.length);
+    places.push(new StaticRange({ startContainer: text, startOffset: at, endContainer: text, endOffset: end }));
   }
-  line.append(text.slice(start));
+  return places;
 }
 
 function goTo(position) {

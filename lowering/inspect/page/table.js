@@ -36,7 +36,7 @@ function tableBody(run) {
 
 function weightRow(weight, position) {
   const row = element("tr", { tabindex: position === 0 ? 0 : -1, "aria-selected": "false" });
-  const shape = weight.shape.join("×");
+  const shape = weight.shape.join("x");
   row.append(
     element("td", { class: "code name" }, weight.name),
     element("td", { class: "code shape" }, shape),

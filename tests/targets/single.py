@@ -1,0 +1,3 @@
+"""A file whose factory needs no name."""
+
+from models_here import two_layers as factory

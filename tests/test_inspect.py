@@ -1,0 +1,401 @@
+"""``lowering.explain`` and ``lowering.capture``: every weight and graph of a compile, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same
+from models import Chain, layer, rows
+from torch import Tensor, nn
+
+import lowering
+import mxfp8_ops
+from lowering import store
+from lowering.inspect import kernels, stages
+from lowering.report import GeneratedCode, GraphReport
+
+SCHEMA = json.loads((Path(lowering.__file__).parent / "inspect" / "schema.json").read_text())
+
+
+class Mixed(nn.Module):
+    """A weight of every kind: through ``linear``, through ``dequant``, written out, and not MXFP8."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.broken = broken
+        self.kept = layer(64, 64, seed=4)
+        self.dense = nn.Linear(64, 64).bfloat16()
+        packed = layer(64, 64, seed=5)
+        self.table, self.table_scale = nn.Buffer(packed.weight.detach()), nn.Buffer(packed.weight_scale)
+        packed = layer(64, 64, seed=6)
+        self.other, self.other_scale = nn.Buffer(packed.weight.detach()), nn.Buffer(packed.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.kept(x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        scale = torch.exp2(self.other_scale.float() - 127).unsqueeze(-1)
+        weight = (self.other.float().unflatten(-1, (-1, 32)) * scale).flatten(-2).to(x.dtype)
+        x = self.dense(x) @ mxfp8_ops.dequant(self.table, self.table_scale).T
+        return F.linear(x, weight)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> dict[bool, lowering.Report]:
+    """One report for each state of the flag, on a model with a graph break."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return {flag: lowering.explain(Mixed(broken=True), rows(), dequant_at_load=flag) for flag in (True, False)}
+
+
+def validate(report: lowering.Report) -> Any:
+    document = json.loads(report.to_json())
+    jsonschema.validate(document, SCHEMA)
+    return document
+
+
+# --- explain -------------------------------------------------------------------------------------------------
+
+
+def test_folded_kept_and_unmatched_weights_of_one_model_are_told_apart(mixed) -> None:
+    def actions(report: lowering.Report) -> dict[str, str]:
+        return {row.name: row.action for row in report.weights}
+
+    assert actions(mixed[True]) == {"kept.weight": "folded", "table": "folded", "other": "unmatched"}
+    assert actions(mixed[False]) == {"kept.weight": "kept", "table": "unmatched", "other": "unmatched"}
+    assert [each.name for each in mixed[True].plain] == ["dense.weight"]
+
+
+def test_kernels_are_those_of_the_generated_code(mixed) -> None:
+    folded, kept = ({row.name: row.kernel for row in mixed[flag].weights} for flag in (True, False))
+    assert kept["kept.weight"] == "mxfp8.linear (reference)"
+    assert folded["kept.weight"] == "extern_kernels.addmm"
+    loop, _, product = kept["table"].partition(" + ")
+    assert loop.startswith("cpp_fused_dequant")
+    assert product == "extern_kernels.mm"
+    assert folded["other"].startswith("cpp_fused_")
+
+
+def test_graph_break_is_reported_with_reason_and_place(mixed) -> None:
+    first, second = mixed[True].graphs
+    assert first.graph_break is not None
+    assert first.graph_break.reason == "Call to `torch._dynamo.graph_break()`"
+    assert first.graph_break.explanation.startswith("User-inserted graph break")
+    assert first.graph_break.where.startswith("test_inspect.py:")
+    assert first.graph_break.where.endswith(" in forward")
+    assert second.graph_break is None
+    assert mixed[True].breaks == []
+    assert "graph 1 of 2 ends at a graph break: test_inspect.py:" in str(mixed[True])
+
+
+def test_graph_break_before_any_operator_is_reported_too() -> None:
+    def model(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x.neg()
+
+    report = lowering.explain(model, rows())
+    assert [each.reason for each in report.breaks] == ["Call to `torch._dynamo.graph_break()`"]
+
+
+def test_every_stage_from_dynamo_to_code_is_there_with_the_names_of_the_model(mixed) -> None:
+    graph = mixed[False].graphs[1]
+    assert set(graph.stages) == {"before", "after", "aot", "joint", "post-grad"}
+    assert len(graph.code) == 1
+    for stage in graph.stages:
+        assert "input table: f8e4m3fn[64, 64]" in [line.text for line in graph.lines(stage)]
+    assert "mxfp8.dequant_loop(table, table_scale, bfloat16)" in graph.post_grad[0]
+
+
+def test_backward_graph_is_a_second_graph_of_its_stage() -> None:
+    model = nn.Sequential(layer(64, 64))
+    x = rows().requires_grad_()
+    report = lowering.explain(lambda x: model(x).sum().backward(), x)
+    (graph,) = [graph for graph in report.graphs if graph.weights]
+    assert len(graph.stages["post-grad"]) == len(graph.code) == 2
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
+def test_json_follows_its_schema_and_is_the_same_twice(flag: bool, freezing: bool) -> None:
+    def text() -> str:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return lowering.explain(Chain(), rows(), dequant_at_load=flag, freezing=freezing).to_json()
+
+    first, second = text(), text()
+    assert first == second
+    jsonschema.validate(json.loads(first), SCHEMA)
+
+
+def test_json_has_no_paths_and_no_times(mixed) -> None:
+    for report in mixed.values():
+        text = json.dumps(validate(report))
+        assert os.sep + "tmp" not in text
+        assert str(Path.home()) not in text
+        assert "seconds" not in text
+
+
+def test_schema_rejects_what_is_not_in_it(mixed) -> None:
+    document = validate(mixed[True])
+    document["runs"][0]["weights"][0]["action"] = "lost"
+    with pytest.raises(jsonschema.ValidationError, match="'lost' is not one of"):
+        jsonschema.validate(document, SCHEMA)
+
+
+def test_files_hold_what_is_returned(mixed, tmp_path: Path) -> None:
+    for write, name in ((mixed[True].to_json, "r.json"), (mixed[True].to_html, "r.html")):
+        assert write(tmp_path / name) == (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_only_keeps_matching_weights_and_their_links(mixed) -> None:
+    report = mixed[False].only("*ta?le*")
+    assert [row.name for row in report.weights] == ["table"]
+    assert {name for graph in report.graphs for line in graph.lines("before") for name in line.weights} == {"table"}
+    assert len(mixed[False].weights) == 3
+
+
+def test_explain_leaves_nothing_behind() -> None:
+    model = Chain()
+    before = lowering.report.recent()
+    with torch.no_grad():
+        report = lowering.explain(model, rows(), dequant_at_load=True)
+    assert report.counts["folded"] == 2
+    assert len(store._entries) == 0
+    weight = weakref.ref(model.up.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    assert len(lowering.report.recent()) == len(before) + 1
+
+
+def test_explain_does_not_use_up_the_recompile_limit() -> None:
+    model = Chain()
+    expected = model(rows())
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        assert len(lowering.explain(model, rows(), dequant_at_load=True).weights) == 2
+    with lowering.capture() as report:
+        assert_same(torch.compile(model, backend="mxfp8", fullgraph=True)(rows()), expected)
+    assert len(report.graphs) == 1
+
+
+def test_explain_leaves_compiled_code_and_the_flag_of_others_alone() -> None:
+    model = Chain()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(rows())
+    lowering.explain(model, rows(), dequant_at_load=True)
+    compiled(rows())
+    assert counter.frame_count == 1
+
+
+def test_weights_have_the_names_of_the_model_in_whatever_frame_they_are_met() -> None:
+    class Breaking(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.fc = layer(64, 64, seed=seed)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return self.fc(x)
+
+    report = lowering.explain(nn.Sequential(Breaking(5), Breaking(6)), rows())
+    assert [row.name for row in report.weights] == ["0.fc.weight", "1.fc.weight"]
+
+
+def test_explain_passes_keyword_arguments_and_names_inputs_after_parameters() -> None:
+    def model(x: Tensor, *, offset: Tensor) -> Tensor:
+        return x + offset
+
+    (graph,) = lowering.explain(model, rows(), kwargs={"offset": rows()}).graphs
+    assert graph.before.splitlines()[:2] == ["input x: bf16[5, 64]", "input offset: bf16[5, 64]"]
+
+
+def test_dynamic_shapes_are_asked_for() -> None:
+    (graph,) = lowering.explain(layer(), rows(), dynamic=True).graphs
+    assert "bf16[s" in graph.before
+
+
+def test_explain_raises_what_the_model_raises() -> None:
+    with pytest.raises(Exception, match=r"x must be \[\.\.\., 64\] for a weight of \[48, 64\]"):
+        lowering.explain(layer(), torch.randn(3, 32))
+    with pytest.raises(TypeError, match="dequant_at_load must be True, False or None"):
+        lowering.explain(layer(), rows(), dequant_at_load="yes")  # type: ignore[arg-type]
+
+
+def test_explain_with_passes_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXFP8_PASSES", "off")
+    assert "note: MXFP8_PASSES is off" in str(lowering.explain(layer(), rows()))
+
+
+def test_model_without_mxfp8_says_so() -> None:
+    report = lowering.explain(nn.Linear(64, 32), torch.randn(2, 64))
+    assert report.notes == ["no MXFP8 weight: swap linears with mxfp8_ops.quantize_(model)"]
+    assert len(report.plain) == 1
+    validate(report)
+
+
+def test_five_hundred_linears_are_all_accounted_for_in_one_graph() -> None:
+    model = nn.Sequential(*[layer(64, 64, seed=i) for i in range(500)])
+    with torch.no_grad():
+        report = lowering.explain(model, rows(), dequant_at_load=True)
+    assert report.counts == {"folded": 500, "kept": 0, "unmatched": 0}
+    (graph,) = report.graphs
+    assert [line.weights for line in graph.lines("after") if line.reads] == [(f"{i}.weight",) for i in range(500)]
+    assert {row.kernel for row in report.weights} == {"extern_kernels.addmm"}
+    validate(report)
+
+
+# --- capture -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with torch._inductor.config.patch(force_disable_caches=False):
+        yield
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_code_from_disk_is_a_cache_hit_with_its_weights() -> None:
+    def run() -> lowering.Report:
+        torch._dynamo.reset()
+        with torch.no_grad(), lowering.capture("mine") as report:
+            torch.compile(layer(), backend="mxfp8", options={"dequant_at_load": True})(rows())
+        return report
+
+    first, second = run(), run()
+    assert first.notes == []
+    assert first.weights[0].kernel == "aten.addmm"
+    (note,) = second.notes
+    assert note == "cache hit: the code of 1 of 1 graphs was found on disk, not generated"
+    assert second.weights[0].action == "folded"
+    assert second.weights[0].kernel == "linear"
+    for report in (first, second):
+        assert validate(report)["runs"][0]["graphs"][0]["from_cache"] == (report is second)
+
+
+def test_code_from_memory_is_a_cache_hit_that_says_how_to_see_it() -> None:
+    compiled = torch.compile(layer(), backend="mxfp8")
+    compiled(rows())
+    with lowering.capture() as report:
+        compiled(rows())
+        compiled(rows())
+    assert report.graphs == []
+    assert report.notes[0].startswith("cache hit: 2 calls ran code compiled earlier in this process")
+
+
+def test_capture_without_a_compile_says_so() -> None:
+    with lowering.capture() as report:
+        layer()(rows())
+    assert report.notes == ["nothing was compiled"]
+
+
+WAYS: list[Callable[[nn.Module], Callable[..., Tensor]]] = [
+    lambda model: torch.compile(model, backend="mxfp8"),
+    lambda model: torch.compile(model, options=lowering.options()),
+    lambda model: torch.compile(model),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_capture_sees_every_way_in(way: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
+    if way is WAYS[2]:
+        lowering.enable()
+    with torch.no_grad(), lowering.capture() as report:
+        way(layer())(rows())
+    assert [(row.name, row.action) for row in report.weights] == [("weight", "kept")]
+
+
+def test_capture_is_complete_after_an_error() -> None:
+    with pytest.raises(RuntimeError, match="mine"), lowering.capture() as report:  # noqa: PT012
+        torch.compile(layer(), backend="mxfp8")(rows())
+        raise RuntimeError("mine")
+    assert report.seconds > 0
+    assert len(report.weights) == 1
+
+
+def test_listening_puts_torch_back_as_it_was() -> None:
+    from torch._inductor.graph import GraphLowering
+
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphLowering, "save_output_code", staticmethod(seen.append))
+        with lowering.capture(), torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+            torch.compile(layer(), backend="mxfp8")(rows())
+        assert GraphLowering.save_output_code == seen.append
+        assert len(seen) == 1
+    with lowering.capture():
+        assert GraphLowering.save_output_code is not None
+    assert GraphLowering.save_output_code is None
+
+
+# --- torch's own channels --------------------------------------------------------------------------------------
+
+
+def test_torch_trace_has_graphs_and_report_and_logs_have_weights(tmp_path: Path) -> None:
+    program = """
+import torch, mxfp8_ops
+model = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32))
+torch.compile(model, backend="mxfp8", options={"dequant_at_load": True})(torch.eye(32))
+"""
+    environment = dict(os.environ, TORCH_TRACE=str(tmp_path), TORCH_LOGS="+lowering")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    trace = "".join(path.read_text() for path in tmp_path.iterdir())
+    for name in ("mxfp8_before", "mxfp8_after", "mxfp8_report"):
+        assert f'"artifact": {{"name": "{name}", "encoding": "string"}}' in trace
+    assert "mxfp8.linear(" in trace
+    assert "weight.dequantized" in done.stderr
+    assert "passes took" in done.stderr
+
+
+# --- generated code --------------------------------------------------------------------------------------------
+
+PROGRAM = """\
+# AOT ID: ['7_inference']
+# kernel path: /tmp/torchinductor_me/ab/cab.py
+triton_poi_fused_relu_0 = async_compile.triton('triton_poi_fused_relu_0', '''
+def triton_poi_fused_relu_0(in_ptr0): pass
+''', device_str='cuda')
+def call(self, args):
+        arg0_1, arg1_1 = args
+        # Topologically Sorted Source Nodes: [linear, ], Original ATen: [aten.mm]
+        # [Provenance debug handles] extern_kernels.mm:1
+        extern_kernels.mm(arg0_1, arg1_1, out=buf0)
+        del arg0_1
+        # [Provenance debug handles] triton_poi_fused_relu_0:2
+        triton_poi_fused_relu_0.run(buf0, 256, stream=stream0)
+        buf1 = torch.ops.mxfp8.linear.default(buf0, arg2_1, arg3_1, None)
+        return (buf1, )
+"""
+
+
+def test_calls_of_generated_code_are_found_with_handle_source_and_definition() -> None:
+    graph = GraphReport(code=[GeneratedCode(stages.normalised(PROGRAM))])
+    first, second, third = kernels.kernels(graph)
+    assert (first.name, first.nodes, first.definition) == ("extern_kernels.mm", ("linear",), "")
+    assert first.call == "extern_kernels.mm(arg0_1, arg1_1, out=buf0)"
+    assert second.name == "triton_poi_fused_relu_0"
+    assert second.definition.startswith("triton_poi_fused_relu_0 = async_compile.triton(")
+    assert second.definition.endswith("''', device_str='cuda')")
+    assert (third.name, third.nodes) == ("torch.ops.mxfp8.linear.default", ())
+
+
+def test_normalised_code_has_no_counter_and_no_folder() -> None:
+    text = stages.normalised(PROGRAM + '#include "/tmp/torchinductor_me/xy/cxy.h"\na = b / c\n')
+    assert "AOT ID" not in text
+    assert "/tmp" not in text
+    assert '#include "cxy.h"' in text
+    assert "a = b / c" in text
