@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers import all_codes, assert_same, exact_linear_inputs, expected_from_float64
 from models import Chain, layer, rows
 from torch import Tensor, nn
 
+import lowering
 import mxfp8_ops
 from lowering import released, report
-from mxfp8_ops import reference
+from mxfp8_ops import ops, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,8 +86,9 @@ def test_folded_weights_are_static_inputs_that_cuda_graphs_do_not_copy() -> None
         model.up.weight_scale.add_(1)  # a replay sees a refreshed weight
         torch.compiler.cudagraph_mark_step_begin()
         assert_same(compiled(x).cpu(), model(x).cpu())
-    copies = [event for event in profile.events() if "Memcpy" in event.name or "copy" in event.name.lower()]
-    assert len(copies) <= 1, [event.name for event in copies]  # x itself
+    kernels = [event.name for event in profile.events()]
+    copies = [name for name in kernels if "Memcpy" in name or "Copy<" in name]  # torch's own, not Inductor's casts
+    assert len(copies) <= 1, copies  # x itself
 
 
 def test_release_frees_the_packed_bytes_on_the_device() -> None:
@@ -120,6 +124,24 @@ def test_freezing_on_the_device(flag: bool) -> None:
         compiled = torch.compile(model, backend="mxfp8", options={"dequant_at_load": flag}, fullgraph=True)
         assert_same(compiled(x).cpu(), Chain()(rows()))
     assert {weight.action for weight in graphs[0].weights} == {"folded" if flag else "kept"}
+
+
+@FLAGS
+def test_explain_names_the_kernels_of_the_device(flag: bool) -> None:
+    packed, kept = layer(64, 64).cuda(), layer(64, 64, seed=4).cuda()
+
+    def model(x: Tensor) -> Tensor:
+        return kept(x @ mxfp8_ops.dequant(packed.weight, packed.weight_scale).T)
+
+    with torch.no_grad():
+        found = lowering.explain(model, rows().cuda(), dequant_at_load=flag)
+    assert {row.device for row in found.weights} == {"cuda:0"}
+    kernels = {row.action: row.kernel for row in found.weights}
+    if flag:
+        assert kernels["folded"].startswith("extern_kernels.")
+    else:
+        assert kernels["kept"] == f"mxfp8.linear ({ops.kernel_name('linear', torch.device('cuda'))})"
+        assert re.fullmatch(r"triton_poi_fused_dequant_0 \+ extern_kernels\.mm", kernels["unmatched"])
 
 
 def test_devices_are_not_mixed() -> None:

@@ -167,7 +167,7 @@ def test_json_of_two_processes_is_the_same_and_the_page_is_written(folder: Path)
 
 
 def test_py_file_is_a_target_with_and_without_a_name(folder: Path) -> None:
-    for target in ("single.py", folder / "single.py", "single.py:two_layers", folder / "models_here.py:by_hand"):
+    for target in ("single.py", folder / "single.py", folder / "models_here.py:by_hand"):
         status, out, err = run(target, "--weights", "*weight")
         assert (status, err) == (0, "")
         assert str(folder) not in out

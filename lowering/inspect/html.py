@@ -127,7 +127,8 @@ def _bars(report: Report) -> list[Bar]:
 def _run(report: Report, run: dict[str, Any]) -> dict[str, Any]:
     breaks = [(f"graph {n}", graph.graph_break) for n, graph in enumerate(report.graphs, 1) if graph.graph_break]
     breaks += [("", each) for each in report.breaks]
-    return {**run, "bars": _bars(report), "breaks": breaks, "times": _times(report)}
+    total = ", ".join(f"{count} {action}" for action, count in report.counts.items() if count)
+    return {**run, "bars": _bars(report), "breaks": breaks, "times": _times(report), "total": total}
 
 
 def _times(report: Report) -> str:
