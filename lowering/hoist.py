@@ -266,9 +266,9 @@ class Hoist:
             size = (released.nbytes(weight), released.nbytes(scale))
             with self.report.timed("dequantize"):
                 entry = slot.fetch(weight, scale)
-            assert entry.value is not None
-            values.append(entry.value)
-            appended[position].meta["example_value"] = compat.static_fake(entry.value)
+                assert entry.value is not None
+                values.append(entry.value)
+                appended[position].meta["example_value"] = compat.static_fake(entry.value)
             still_needed = slot.weight_index in kept_inputs or last_use[slot.weight_index] > position
             if self.release and not still_needed:
                 store.release(weight)

@@ -151,8 +151,8 @@ class GraphReport:
             as they were generated and did not come from a cache; ``lowering.explain`` adds "aot" and "joint".
         code: what Inductor generated (``lowering.explain`` and ``lowering.capture``).
         graph_break: why the graph ends, None if the function does.
-        seconds: spent in "passes" (all that the lowering adds to a compile), to "dequantize" what is folded,
-            and in "total", which is the lowering and Inductor without Dynamo.
+        seconds: spent in "passes" (all that the lowering adds to a compile), to "dequantize" (making the
+            inputs that the fold adds), and in "total", which is the lowering and Inductor without Dynamo.
     """
 
     weights: list[WeightReport] = field(default_factory=list)
