@@ -88,7 +88,7 @@ def lower(
     fold = settings.dequant_at_load(options.dequant_at_load) is True
     keep_all = "" if fold else passes.FLAG_IS_OFF
     graph_report, hoist, folded = passes.rewrite(gm, example_inputs, keep_all, options.release_quantized, names or {})
-    own = passes.LowerPass(fold)
+    own = passes.LowerPass(fold, graph_report)
     with passes.lowering(), graph_report.timed("total"):
         compiled = compile_graph(folded.gm, folded.inputs, passes.install(patches, compat.POST_GRAD, own))
     for part in ("passes", "dequantize"):

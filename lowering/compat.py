@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -268,9 +269,39 @@ def graph_breaks() -> dict[str, int]:
     return dict(torch._dynamo.utils.counters["graph_break"])
 
 
-@contextlib.contextmanager
-def output_code(receive: Callable[[str], None]) -> Iterator[None]:
-    """Hands every piece of code that Inductor generates in the block, in any thread, to ``receive`` as well."""
+class _Tap:
+    """A place inside torch where callbacks are called: tapped with the first of them, left alone after the last,
+    in whatever order threads come and go.
+
+    Args:
+        install: puts a function there, and returns one that takes it away again.
+    """
+
+    def __init__(self, install: Callable[[Callable[..., None]], Callable[[], None]]) -> None:
+        self.install, self.lock = install, threading.Lock()
+        self.receivers: list[Callable[..., None]] = []
+        self.uninstall: Callable[[], None] | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, receive: Callable[..., None]) -> Iterator[None]:
+        with self.lock:
+            if not self.receivers:
+                self.uninstall = self.install(self._send)
+            self.receivers = [*self.receivers, receive]
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.receivers = [each for each in self.receivers if each is not receive]
+                if not self.receivers and self.uninstall is not None:
+                    self.uninstall()
+
+    def _send(self, *args: Any) -> None:
+        for receive in self.receivers:
+            receive(*args)
+
+
+def _tap_output_code(send: Callable[..., None]) -> Callable[[], None]:
     from torch._inductor.graph import GraphLowering
 
     before = GraphLowering.save_output_code
@@ -278,30 +309,32 @@ def output_code(receive: Callable[[str], None]) -> Iterator[None]:
     def save(code: str) -> None:
         if before is not None:
             before(code)
-        receive(code)
+        send(code)
 
-    GraphLowering.save_output_code = staticmethod(save)
-    try:
-        yield
-    finally:
+    def uninstall() -> None:
         GraphLowering.save_output_code = before if before is None else staticmethod(before)
 
+    GraphLowering.save_output_code = staticmethod(save)
+    return uninstall
 
-@contextlib.contextmanager
-def count_reused(count: Callable[[], None]) -> Iterator[None]:
-    """Calls ``count`` for every frame that finds its compiled code in Dynamo's memory, in the block."""
+
+def _tap_reused(send: Callable[..., None]) -> Callable[[], None]:
     eval_frame: Any = torch._C._dynamo.eval_frame
 
     def hook(found: bool) -> bool:
         if found:
-            count()
+            send()
         return before is None or before(found)
 
     before = eval_frame.set_guard_complete_hook(hook)
-    try:
-        yield
-    finally:
-        eval_frame.set_guard_complete_hook(before)
+    return lambda: eval_frame.set_guard_complete_hook(before)
+
+
+output_code = _Tap(_tap_output_code)
+"""``with output_code(receive):`` hands every piece of code that Inductor generates, in any thread, to ``receive``."""
+
+reused_code = _Tap(_tap_reused)
+"""``with reused_code(receive):`` calls ``receive`` for every frame that finds its code in Dynamo's memory."""
 
 
 def trace_artifact(name: str, text: str) -> None:

@@ -22,7 +22,7 @@ from torch._inductor.pattern_matcher import Arg, CallFunction, Match
 from mxfp8_ops import ops
 from mxfp8_ops.convert import dequant_bounded
 
-from . import passes, report
+from . import passes
 from .graph import returned_storages, storages, value_of
 from .text import dtype_name
 
@@ -60,7 +60,7 @@ def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
         value = dequant_bounded(packed.detach(), scales.detach(), dtype)
     gm.register_buffer(name, value)
-    graph_report = report.current()
+    graph_report = passes.current_report()
     if graph_report is not None:
         graph_report.mark_frozen(packed, value)
     with graph.inserting_before(next(iter(graph.nodes))):

@@ -82,12 +82,26 @@ class RecognisePass(Mxfp8Pass):
 
 
 class LowerPass(Mxfp8Pass):
-    """Post-grad: what was not folded is lowered; keeps the final graph's text for the report."""
+    """Post-grad: what was not folded is lowered; keeps the final graph's text for the report.
+
+    Args:
+        dequant_at_load: see ``Mxfp8Pass``.
+        graph_report: of the graph being compiled, whose backward may be compiled much later and in another thread.
+            None where the pre-grad pass publishes it.
+    """
+
+    def __init__(self, dequant_at_load: bool | None = None, graph_report: GraphReport | None = None) -> None:
+        super().__init__(dequant_at_load)
+        self.graph_report = None if graph_report is None else weakref.ref(graph_report)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the report, which no other process could use."""
+        return {"dequant_at_load": self.dequant_at_load, "graph_report": None}
 
     def __call__(self, graph: fx.Graph) -> None:
         if not settings.passes():
             return
-        graph_report = report.current() or GraphReport()
+        graph_report = current_report() or GraphReport()
         with graph_report.timed("passes"):
             if settings.kernels():
                 kernels.lower_dequant(graph)
@@ -154,6 +168,14 @@ def active() -> LowerPass | None:
     """Our pass in Inductor's current configuration, None when this compilation is not ours."""
     ours = [each for each in compat.current_passes(compat.POST_GRAD) if isinstance(each, LowerPass)]
     return ours[-1] if ours else None
+
+
+def current_report() -> GraphReport | None:
+    """The report of the graph that is being compiled in this thread, None if it is none of ours."""
+    ours = active()
+    if ours is None:
+        return None
+    return report.current() if ours.graph_report is None else ours.graph_report()
 
 
 def install(patches: dict[str, Any], slot_name: str, own: Mxfp8Pass) -> dict[str, Any]:

@@ -341,6 +341,50 @@ def test_listening_puts_torch_back_as_it_was() -> None:
     assert GraphLowering.save_output_code is None
 
 
+def test_nested_captures_see_the_same_and_record_code_once() -> None:
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), lowering.capture() as outer:
+        with lowering.capture() as inner:
+            torch.compile(layer(), backend="mxfp8")(rows())
+        lowering.explain(layer(), rows())
+    assert [len(report.graphs) for report in (inner, outer)] == [1, 2]
+    assert [len(graph.code) for graph in outer.graphs] == [1, 1]
+
+
+def test_captures_that_overlap_in_any_order_leave_torch_as_it_was() -> None:
+    from torch._inductor.graph import GraphLowering
+
+    compiled = torch.compile(layer(), backend="mxfp8")
+    compiled(rows())
+    first, second = lowering.capture(), lowering.capture()
+    reports = [first.__enter__(), second.__enter__()]
+    first.__exit__(None, None, None)
+    compiled(rows())
+    second.__exit__(None, None, None)
+    compiled(rows())
+    assert [report.reused for report in reports] == [0, 1]
+    assert GraphLowering.save_output_code is None
+
+
+def test_code_of_graphs_that_are_not_ours_is_not_attributed_to_ours() -> None:
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), lowering.capture() as report:
+        torch.compile(layer(), backend="mxfp8")(rows())
+        torch.compile(torch.neg)(rows())
+    (graph,) = report.graphs
+    assert len(graph.code) == 1
+    assert "neg" not in graph.code[0].text
+
+
+def test_backward_compiled_after_other_graphs_belongs_to_its_own_report() -> None:
+    models = [nn.Sequential(layer(64, 64, seed=i)) for i in (1, 2)]
+    inputs = [rows(m).requires_grad_() for m in (3, 5)]
+    with torch._inductor.config.patch(force_disable_caches=True), lowering.capture() as report:
+        outputs = [torch.compile(model, backend="mxfp8")(x) for model, x in zip(models, inputs, strict=True)]
+        for output in outputs:
+            output.sum().backward()
+    assert [len(graph.stages["post-grad"]) for graph in report.graphs] == [2, 2]
+    assert [len(graph.code) for graph in report.graphs] == [2, 2]
+
+
 # --- torch's own channels --------------------------------------------------------------------------------------
 
 

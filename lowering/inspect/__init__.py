@@ -112,7 +112,7 @@ def _listening(result: Report) -> Iterator[None]:
         result.reused += 1
 
     breaks, start = compat.graph_breaks(), time.perf_counter()
-    with report.collect(result.graphs), stages.generated_code(), compat.count_reused(reused):
+    with report.collect(result.graphs), stages.generated_code(), compat.reused_code(reused):
         try:
             yield
         finally:

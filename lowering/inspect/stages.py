@@ -22,7 +22,7 @@ class StagePass(passes.Mxfp8Pass):
         self.stage = stage
 
     def __call__(self, graph: fx.Graph) -> None:
-        current = report.current()
+        current = passes.current_report()
         if current is not None:
             current.record(self.stage, graph)
 
@@ -39,9 +39,10 @@ def generated_code() -> Iterator[None]:
     """Adds the code that Inductor generates in the block to the report of its graph."""
 
     def receive(code: str) -> None:
-        current = report.current()
-        if current is not None:
-            current.code.append(report.GeneratedCode(normalised(code), compat.kernel_handles()))
+        current = passes.current_report()
+        generated = report.GeneratedCode(normalised(code), compat.kernel_handles())
+        if current is not None and generated not in current.code:  # listeners may be nested
+            current.code.append(generated)
 
     with compat.output_code(receive):
         yield
