@@ -114,6 +114,16 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
+def compiler_is_on() -> bool:
+    """Whether ``torch.compile`` does anything: not under ``TORCH_COMPILE_DISABLE``."""
+    return not torch._dynamo.config.disable
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The module or function that ``torch.compile`` was given, if it was."""
+    return getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None) or model
+
+
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph may be changed. Dynamo's own must not be: it reads it again after the backend.
 

@@ -263,7 +263,7 @@ def kernel_text(target: str, device: str) -> str:
 
 _lock = threading.Lock()
 _recent: deque[GraphReport] = deque(maxlen=256)
-_collectors: list[list[GraphReport]] = []
+_collectors: list[tuple[list[GraphReport], int | None]] = []
 _thread = threading.local()
 
 
@@ -274,16 +274,16 @@ def recent() -> list[GraphReport]:
 
 
 @contextlib.contextmanager
-def collect(into: list[GraphReport] | None = None) -> Iterator[list[GraphReport]]:
-    """Collects the reports of all graphs compiled inside the ``with`` block, in any thread."""
+def collect(into: list[GraphReport] | None = None, thread: int | None = None) -> Iterator[list[GraphReport]]:
+    """Collects the reports of all graphs compiled inside the ``with`` block, in any thread or in the one named."""
     graphs: list[GraphReport] = [] if into is None else into
     with _lock:
-        _collectors.append(graphs)
+        _collectors.append((graphs, thread))
     try:
         yield graphs
     finally:
         with _lock:
-            _collectors[:] = [each for each in _collectors if each is not graphs]
+            _collectors[:] = [each for each in _collectors if each[0] is not graphs]
 
 
 def publish(graph: GraphReport) -> None:
@@ -291,8 +291,9 @@ def publish(graph: GraphReport) -> None:
     _thread.current = graph
     with _lock:
         _recent.append(graph)
-        for graphs in _collectors:
-            graphs.append(graph)
+        for graphs, thread in _collectors:
+            if thread in (None, threading.get_ident()):
+                graphs.append(graph)
 
 
 def current() -> GraphReport | None:

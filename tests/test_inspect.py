@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,14 @@ def test_explain_leaves_compiled_code_and_the_flag_of_others_alone() -> None:
     assert counter.frame_count == 1
 
 
+def test_compiled_models_are_explained_as_what_was_compiled() -> None:
+    model = Chain()
+    reports = [lowering.explain(torch.compile(each), rows()) for each in (model, model.forward)]
+    assert [row.name for row in reports[0].weights] == ["up.weight", "down.weight"]
+    assert reports[0].title == "Chain"
+    assert len(reports[1].weights) == 2
+
+
 def test_weights_have_the_names_of_the_model_in_whatever_frame_they_are_met() -> None:
     class Breaking(nn.Module):
         def __init__(self, seed: int) -> None:
@@ -232,6 +241,30 @@ def test_explain_raises_what_the_model_raises() -> None:
         lowering.explain(layer(), torch.randn(3, 32))
     with pytest.raises(TypeError, match="dequant_at_load must be True, False or None"):
         lowering.explain(layer(), rows(), dequant_at_load="yes")  # type: ignore[arg-type]
+
+
+def test_explain_with_the_compiler_off_says_so() -> None:
+    with torch._dynamo.config.patch(disable=True):
+        report = lowering.explain(layer(), rows())
+    assert report.notes == ["nothing was compiled: TORCH_COMPILE_DISABLE is set"]
+    validate(report)
+
+
+def test_explain_in_threads_reports_each_its_own_graphs() -> None:
+    models = [nn.Sequential(*[layer(64, 64, seed=i) for i in range(count)]) for count in (1, 2, 3)]
+    with ThreadPoolExecutor() as pool:
+        reports = list(pool.map(lambda model: lowering.explain(model, rows()), models))
+    assert [(len(report.graphs), len(report.weights)) for report in reports] == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_explain_rejects_options_that_are_its_own_arguments() -> None:
+    with pytest.raises(TypeError, match="options are Inductor's: dequant_at_load is none, see explain's arguments"):
+        lowering.explain(layer(), rows(), options={"dequant_at_load": True})
+
+
+def test_repr_is_one_line(mixed) -> None:
+    assert repr(mixed[True]) == "<Report on Mixed: flag on, 2 folded, 0 kept, 1 unmatched>"
+    assert mixed[True].only("nothing").notes == ["no MXFP8 weight that matches 'nothing'"]
 
 
 def test_explain_with_passes_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +332,8 @@ def test_code_from_memory_is_a_cache_hit_that_says_how_to_see_it() -> None:
 def test_capture_without_a_compile_says_so() -> None:
     with lowering.capture() as report:
         layer()(rows())
-    assert report.notes == ["nothing was compiled"]
+        torch.compile(layer())(rows())
+    assert report.notes == ['nothing was compiled through backend="mxfp8", enable() or options()']
 
 
 WAYS: list[Callable[[nn.Module], Callable[..., Tensor]]] = [

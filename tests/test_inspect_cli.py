@@ -50,6 +50,16 @@ def test_terminal_has_colours_unless_no_color_is_set(folder: Path, no_color: boo
     assert "folded" in text
 
 
+@pytest.mark.parametrize("width", [20, 60, 79])
+def test_narrow_terminal_stacks_what_a_wide_one_tabulates(folder: Path, width: int) -> None:
+    args = cli.parse_arguments(["x"])
+    reports = [cli.inspected(targets.load("models_here:two_layers"), "on", args, lambda what: None)]
+    on = terminal.console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, no_color=True)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", terminal.render(reports, on))
+    line = "  folded 96x64, 6,336 -> 18,624 bytes, extern_kernels.mm"
+    assert f"0.weight\n{line}\n  dequantized to bfloat16\n" in text
+
+
 def test_long_output_on_a_terminal_goes_through_the_pager(monkeypatch: pytest.MonkeyPatch) -> None:
     paged: list[str] = []
     monkeypatch.setattr("pydoc.pager", paged.append)
@@ -57,7 +67,10 @@ def test_long_output_on_a_terminal_goes_through_the_pager(monkeypatch: pytest.Mo
     for text, pager in (("short\n", True), ("long\n" * 50, False), ("long\n" * 50, True)):
         terminal.show(text, on, pager)
     assert paged == ["long\n" * 50]
-    assert on.file.getvalue() == "short\n" + "long\n" * 50  # type: ignore[attr-defined]
+    monkeypatch.setenv("PAGER", "no-such-pager --plain")
+    terminal.show("long\n" * 50, on)
+    assert len(paged) == 1
+    assert on.file.getvalue() == "short\n" + "long\n" * 100  # type: ignore[attr-defined]
 
 
 # --- options -------------------------------------------------------------------------------------------------
@@ -120,7 +133,24 @@ def test_weights_reduces_table_and_diff(folder: Path) -> None:
     assert "1.weight.dequantized" in out
     assert "-input 1.weight" in out
     _, _, nothing = run("models_here:two_layers", "--weights", "2.*")
-    assert nothing == "mxfp8-inspect: no weight matches '2.*': they are called 0.weight, 1.weight, ...\n"
+    assert nothing == "mxfp8-inspect: no weight matches '2.*': they are called 0.weight, 1.weight\n"
+
+
+def test_weights_says_when_nothing_was_done_to_them(folder: Path) -> None:
+    _, out, _ = run("models_here:breaking", "--dequant-at-load", "on", "--weights", "first.*", "--context", 0)
+    first, _, second = out.partition("== graph 2 of 2")
+    assert "-input first.weight" in first
+    assert "(nothing changed in these weights)" in second
+
+
+def test_options_may_come_before_the_target(folder: Path) -> None:
+    for options in (["--dequant-at-load", "on"], ["--stage", "aot"], ["--fail-on", "unmatched"]):
+        status, out, _ = run(*options, "models_here:two_layers")
+        assert (status, "total: 2 weights" in out) == (0, True)
+
+
+def test_a_word_given_twice_counts_once(folder: Path) -> None:
+    assert "side by side" not in run("models_here:two_layers", "--dequant-at-load", "on", "on")[1]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +166,11 @@ def test_weights_reduces_table_and_diff(folder: Path) -> None:
 def test_fail_on_sets_the_exit_status(folder: Path, flag: str, fail_on: list[str], status: int, message: str) -> None:
     result = run("models_here:by_hand", "--dequant-at-load", flag, "--fail-on", *fail_on)
     assert result[0] == status
-    assert sorted(re.findall(r"[\w.]+", result[2])) == sorted(
-        re.findall(r"[\w.]+", f"mxfp8-inspect: {message}" if message else "")
+    found, _, names = result[2].strip().rpartition(": ")
+    assert (found, set(names.split(", "))) == (
+        (f"mxfp8-inspect: flag {flag}: {message.partition(': ')[0]}", set(message.partition(": ")[2].split(", ")))
+        if message
+        else ("", {""})
     )
 
 
@@ -145,7 +178,17 @@ def test_model_without_mxfp8_is_said_and_fails_only_on_demand(folder: Path) -> N
     status, out, _ = run("models_here:no_mxfp8")
     assert status == 0
     assert "note: no MXFP8 weight" in out
-    assert run("models_here:no_mxfp8", "--fail-on", "unmatched")[::2] == (1, "mxfp8-inspect: no MXFP8 weight\n")
+    assert run("models_here:no_mxfp8", "--fail-on", "unmatched")[::2] == (
+        1,
+        "mxfp8-inspect: flag unset: no MXFP8 weight: swap linears with mxfp8_ops.quantize_(model)\n",
+    )
+
+
+def test_fail_on_with_passes_off_says_why_there_are_no_weights(folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MXFP8_PASSES", "off")
+    status, _, err = run("models_here:two_layers", "--fail-on", "kept")
+    assert status == 1
+    assert "MXFP8_PASSES is off" in err
 
 
 def test_json_of_two_processes_is_the_same_and_the_page_is_written(folder: Path) -> None:
@@ -157,6 +200,7 @@ def test_json_of_two_processes_is_the_same_and_the_page_is_written(folder: Path)
         environment = os.environ | {"PYTHONHASHSEED": str(number)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+        assert f"\nwrote {names[0]}\nwrote {names[1]}\n" in done.stdout
         assert names[1].read_text().startswith("<!doctype html>")
         texts.append(names[0].read_text())
     assert texts[0] == texts[1]
@@ -234,6 +278,11 @@ def bad_program(folder: Path) -> None:
         (["models_here:wrong_shape"], "ValueError: x must be [..., 64] for a weight of [96, 64], got [3, 5]"),
         (["bad:needs_an_argument"], "bad:needs_an_argument must take no arguments"),
         (["bad:raises"], "the factory raised RuntimeError: no such checkpoint"),
+        (["bad:exits"], "the factory raised SystemExit: 0"),
+        (["exits.py"], "cannot import exits.py: SystemExit: 3"),
+        (["bad:three_things"], "must return (model, example_inputs), got a tuple of 3"),
+        (["bad:no_model"], "the model must be a module or function, got int"),
+        (["."], "is no transformers checkpoint: there is no config.json in it"),
         (["bad:not_a_pair"], "must return (model, example_inputs), got int"),
         (["bad:one_tensor"], "must be a tuple or a dict, got int"),
         (["bad:number"], "bad has no function number"),
@@ -241,15 +290,16 @@ def bad_program(folder: Path) -> None:
         (["absent:x"], "cannot import absent: ModuleNotFoundError"),
         (["broken:x"], "cannot import broken: ModuleNotFoundError: No module named 'not_a_module'"),
         (["broken.py"], "cannot import broken.py: ModuleNotFoundError: No module named 'not_a_module'"),
-        (["bad.py"], "bad.py defines needs_an_argument, raises, not_a_pair, one_tensor: name one, as in file.py:name"),
+        (["bad.py"], "bad.py defines needs_an_argument, raises, exits, "),
         (["absent.py"], "there is no file absent.py"),
         (["absent.pt2"], "there is no file absent.pt2"),
         (["bad"], "expected module:factory, a .py or .pt2 file, a checkpoint folder or demo, got 'bad'"),
         (["models_here:two_layers", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["models_here:two_layers", "--html", "."], "cannot write '.': Is a directory"),
         (["models_here:two_layers", "--device", "toaster"], "no device 'toaster'"),
         (
             ["models_here:two_layers", "--json", "absent/x.json"],
-            "cannot write absent/x.json: there is no folder absent",
+            "cannot write 'absent/x.json': No such file or directory",
         ),
     ],
 )
@@ -267,7 +317,7 @@ def test_errors_are_one_line_and_status_2(folder: Path, args: list[str], message
         (unreadable_config, "checkpoint", "cannot read checkpoint as a transformers checkpoint: JSONDecodeError"),
         (no_weights, "checkpoint", "cannot load checkpoint: "),
         (quantized, "checkpoint", "checkpoint is quantized already (modelopt)"),
-        (bad_program, "bad.pt2", "cannot read bad.pt2 as an exported program"),
+        (bad_program, "bad.pt2", "cannot read bad.pt2 as an exported program: it is no archive"),
     ],
 )
 def test_unreadable_files_are_one_line(
@@ -288,12 +338,24 @@ def test_bad_flag_in_the_environment_is_one_line(folder: Path, monkeypatch: pyte
     )
 
 
-def test_debug_shows_the_traceback(folder: Path) -> None:
-    with pytest.raises(targets.Failure, match="has no function absent"):
-        run("bad:absent", "--debug")
+def test_debug_shows_the_traceback_and_changes_nothing_else(folder: Path) -> None:
+    status, _, err = run("bad:absent", "--debug")
+    assert status == 2
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1] == "mxfp8-inspect: bad has no function absent"
 
 
-@pytest.mark.parametrize("args", [[], ["x", "--stage", "none"], ["x", "--fail-on", "lost"], ["x", "--unknown"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--stage", "aot"],
+        ["x", "--stage", "none"],
+        ["x", "--fail-on", "lost"],
+        ["x", "--unknown"],
+        ["x", "--context", "-1"],
+    ],
+)
 def test_wrong_usage_is_status_2(args: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(*args)

@@ -111,7 +111,7 @@ memory of the weights: 4,224 bytes before, 4,224 at most, 4,224 after
 passes: ? s of ? s to compile (?%)
 
 == graph 1 of 1, flag off: before and after
-(the graph is unchanged)
+(nothing changed in the graph)
 
 time: ? s to load the target, ? s to compile, ? s to report""",
         )
@@ -139,10 +139,10 @@ graph 1 of 2 ends at a graph break: models_here.py:42 in forward: Call to `torch
 passes: ? s of ? s to compile (?%)
 
 == graph 1 of 2, flag unset: before and after
-(the graph is unchanged)
+(nothing changed in the graph)
 
 == graph 2 of 2, flag unset: before and after
-(the graph is unchanged)
+(nothing changed in the graph)
 
 time: ? s to load the target, ? s to compile, ? s to report""",
         )

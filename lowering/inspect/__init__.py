@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import threading
 import time
 import types
 import warnings
@@ -43,24 +44,27 @@ def explain(
     """Compiles ``model`` as ``backend="mxfp8"`` does, by calling it once, and reports on every weight and graph.
 
     It compiles without caches on disk, and leaves nothing behind: no compiled code, no dequantized weights, no
-    released ones.
+    released ones. The call itself is real: it runs the model once.
 
     Args:
-        model: a module or function, not compiled yet.
+        model: a module or function; of a compiled one, what was compiled.
         inputs: its positional arguments.
         kwargs: its keyword arguments.
         dequant_at_load: beats ``MXFP8_DEQUANT_AT_LOAD`` unless None.
         freezing: with Inductor's freezing, and so without gradients.
         dynamic: as of ``torch.compile``.
-        options: Inductor's.
+        options: Inductor's, as of ``torch.compile``.
         title: of the report; the name of the model's class or function by default.
         progress: called with what is being done.
 
     Raises:
-        ValueError, TypeError: a flag has no meaning. Whatever else the model and its compilation raise.
+        ValueError, TypeError: a flag has no meaning, or an option is not Inductor's. Whatever else the model and
+        its compilation raise.
     """
-    kwargs = dict(kwargs or {})
+    model, kwargs = compat.uncompiled(model), dict(kwargs or {})
     ours = backend.Options(dequant_at_load)
+    if not_inductors := backend.Options.__dataclass_fields__.keys() & dict(options or {}).keys():
+        raise TypeError(f"options are Inductor's: {', '.join(sorted(not_inductors))} is none, see explain's arguments")
     result = _report(title or _name_of(model), dequant_at_load, freezing=freezing, dynamic=dynamic, caches=False)
     names = _names(model, inputs, kwargs)
     compiled: list[list[Callable[..., Any]]] = []
@@ -75,7 +79,12 @@ def explain(
 
     inductor_config = {"force_disable_caches": True, "freezing": freezing}
     grad = torch.no_grad() if freezing else contextlib.nullcontext()
-    with _listening(result), grad, torch._inductor.config.patch(inductor_config), warnings.catch_warnings():
+    with (
+        _listening(result, threading.get_ident()),
+        grad,
+        torch._inductor.config.patch(inductor_config),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
         try:
             torch.compile(_own_frame(model), backend=compile_graph, dynamic=dynamic)(*inputs, **kwargs)
@@ -102,17 +111,18 @@ def capture(title: str = "") -> Iterator[Report]:
 def _report(title: str, flag: bool | None, *, freezing: bool, dynamic: bool | None, caches: bool) -> Report:
     words: dict[str, Any] = {"dequant_at_load": FLAG_WORDS[settings.dequant_at_load(flag)], "freezing": freezing}
     words |= {"dynamic": dynamic, "caches": caches}
-    words |= {"passes": FLAG_WORDS[settings.passes()], "kernels": FLAG_WORDS[settings.kernels()]}
+    switches = {"passes": settings.passes(), "kernels": settings.kernels(), "compiler": compat.compiler_is_on()}
+    words |= {name: FLAG_WORDS[on] for name, on in switches.items()}
     return Report(title, words)
 
 
 @contextlib.contextmanager
-def _listening(result: Report) -> Iterator[None]:
+def _listening(result: Report, thread: int | None = None) -> Iterator[None]:
     def reused() -> None:
         result.reused += 1
 
     breaks, start = compat.graph_breaks(), time.perf_counter()
-    with report.collect(result.graphs), stages.generated_code(), compat.reused_code(reused):
+    with report.collect(result.graphs, thread), stages.generated_code(), compat.reused_code(reused):
         try:
             yield
         finally:

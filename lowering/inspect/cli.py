@@ -15,12 +15,14 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+import mxfp8_ops
 from mxfp8_ops import environment
 
 from ..report import ACTIONS
@@ -43,49 +45,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
     except Exception as error:
         if args.debug:
-            raise
+            traceback.print_exc()
         print(f"{PROGRAM}: {error if isinstance(error, Failure) else one_line(error)}", file=sys.stderr)
     return 2
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked; exits with 2 where they make no sense."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("target", metavar="TARGET", help="module:factory, file.py, checkpoint folder, file.pt2 or demo")
-    add(
-        "--dequant-at-load",
-        nargs="+",
-        choices=FLAG,
-        metavar="{on,off,unset}",
-        help="the flag; several are compared side by side; by default what the environment says",
-    )
+    add("target", nargs="?", metavar="TARGET", help="module:factory, file.py, checkpoint folder, file.pt2 or demo")
+    lists = {
+        "dequant_at_load": (tuple(FLAG), "the flag; several are compared; by default what the environment says"),
+        "stage": ((*STAGES, "all"), "graphs to print: dynamo (default), the diff, to code, what Inductor generated"),
+        "fail_on": (ACTIONS, "exit with 1 if a weight is that, or if there is no MXFP8 weight at all"),
+    }
+    for name, (words, text) in lists.items():
+        add(f"--{name.replace('_', '-')}", nargs="+", default=[], metavar="WORD", help=f"{', '.join(words)}: {text}")
     add("--freezing", action="store_true", help="with Inductor's freezing")
     add("--dynamic", action="store_true", help="with dynamic shapes")
     add("--device", help="where to bring model and inputs, such as cuda")
     add("--dtype", choices=DTYPES, help="of activations and of weights that are not packed")
-    add(
-        "--stage",
-        nargs="+",
-        choices=(*STAGES, "all"),
-        default=["dynamo"],
-        help="graphs to print: dynamo (default) is the diff of what the lowering did, code what Inductor generated",
-    )
     add("--weights", metavar="GLOB", help="only weights whose names match, such as '*.mlp.*'")
     add("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add("--html", type=Path, metavar="FILE", help="write everything as one self-contained page")
-    add(
-        "--fail-on",
-        nargs="+",
-        choices=ACTIONS,
-        metavar="{kept,folded,unmatched}",
-        help="exit with 1 if a weight is that, or if there is no MXFP8 weight at all",
-    )
     add("--context", type=int, default=3, metavar="N", help="unchanged lines around a change (default 3)")
     add("--no-pager", action="store_true", help="never page the output")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    add("--version", action="version", version=f"{PROGRAM} {mxfp8_ops.__version__}, torch {torch.__version__}")
+    args = parser.parse_args(argv)
+    for name, (words, _) in lists.items():
+        values = getattr(args, name)
+        if args.target is None and values and values[-1] not in words:
+            args.target = values.pop()  # options before the target: the last list has swallowed it
+        for value in values:
+            if value not in words:
+                parser.error(f"--{name.replace('_', '-')}: {value!r} is none of {', '.join(words)}")
+        setattr(args, name, list(dict.fromkeys(values)))
+    if args.target is None:
+        parser.error("there is no TARGET")
+    if args.context < 0:
+        parser.error(f"--context must be 0 or more, got {args.context}")
+    return args
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,8 +102,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise Failure(f"needs the package rich: pip install 'mxfp8-ops[inspect]' ({error})") from error
     for path in filter(None, (args.json, args.html)):
-        if not path.absolute().parent.is_dir():
-            raise Failure(f"cannot write {path}: there is no folder {path.parent}")
+        check_writable(path)
     start = time.perf_counter()
     with progress() as step:
         step(f"loading {args.target}")
@@ -110,16 +112,28 @@ def run(args: argparse.Namespace) -> int:
         compiled = time.perf_counter()
         step("writing the report")
         reports = reduced(reports, args.weights)
-        stages = STAGES if "all" in args.stage else args.stage
+        stages = STAGES if "all" in args.stage else args.stage or ["dynamo"]
         on = terminal.console()
         text = terminal.render(reports, on, stages, args.context, target.notes)
         for path, write in ((args.json, document.to_json), (args.html, html.page)):
             if path is not None:
                 path.write_text(write(reports), encoding="utf-8")
     parts = (loaded - start, compiled - loaded, time.perf_counter() - compiled)
+    text += "".join(f"\nwrote {path}" for path in (args.json, args.html) if path is not None)
     text += "\ntime: {:.2f} s to load the target, {:.2f} s to compile, {:.2f} s to report\n".format(*parts)
     terminal.show(text, on, not args.no_pager)
-    return failed(reports, args.fail_on or ())
+    return failed(reports, args.fail_on)
+
+
+def check_writable(path: Path) -> None:
+    """Raises Failure, before anything takes time, if a file cannot be written."""
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise Failure(f"cannot write {str(path)!r}: {error.strerror}") from error
+    if not existed:
+        path.unlink()
 
 
 def inspected(target: Target, word: str | None, args: argparse.Namespace, step: Callable[[str], None]) -> Report:
@@ -144,7 +158,7 @@ def reduced(reports: list[Report], glob: str | None) -> list[Report]:
     names = [row.name for report in reports for row in report.weights]
     reports = [report.only(glob) for report in reports]
     if names and not any(report.weights for report in reports):
-        raise Failure(f"no weight matches {glob!r}: they are called {', '.join(dict.fromkeys(names[:3]))}, ...")
+        raise Failure(f"no weight matches {glob!r}: they are called {some(list(dict.fromkeys(names)))}")
     return reports
 
 
@@ -155,13 +169,17 @@ def failed(reports: Sequence[Report], actions: Sequence[str]) -> int:
         for action in actions:
             names = [row.name for row in report.weights if row.action == action]
             if names:
-                more = ", ..." if len(names) > 3 else ""
-                print(f"{PROGRAM}: {len(names)} {action}: {', '.join(names[:3])}{more}", file=sys.stderr)
+                print(f"{PROGRAM}: {report.label}: {len(names)} {action}: {some(names)}", file=sys.stderr)
                 found = 1
         if actions and not report.weights:
-            print(f"{PROGRAM}: no MXFP8 weight", file=sys.stderr)
+            print(f"{PROGRAM}: {report.label}: {'; '.join(report.notes) or 'no MXFP8 weight'}", file=sys.stderr)
             found = 1
     return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join([*names[:3], *["..."][: len(names) > 3]])
 
 
 @contextmanager

@@ -13,14 +13,14 @@ from .. import report
 from ..report import ACTIONS, GraphBreak, GraphReport, Memory, PlainLinear, WeightReport
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What ``lowering.explain`` and ``lowering.capture`` give: prints as a table, shows itself in notebooks.
 
     Attributes:
         title: what was compiled.
         settings: under which it was: "dequant_at_load" ("on", "off" or "unset"), "freezing", "dynamic",
-            "caches".
+            "caches", and those of MXFP8_PASSES, MXFP8_KERNELS and torch's compiler.
         graphs: one for each graph that Dynamo made, in order.
         breaks: graph breaks that no graph of ours ends at.
         reused: calls that found their compiled code in Dynamo's memory.
@@ -82,18 +82,24 @@ class Report:
         cached = sum(graph.from_cache for graph in self.graphs)
         if self.settings.get("passes") == "off":
             found.append("MXFP8_PASSES is off: graphs went to Inductor as they are, nothing was recorded")
+        elif self.settings.get("compiler") == "off":
+            found.append("nothing was compiled: TORCH_COMPILE_DISABLE is set")
         elif not self.graphs and not self.reused:
-            found.append("nothing was compiled")
-        elif not any(graph.weights for graph in self.graphs) and self.graphs:
-            found.append("no MXFP8 weight: swap linears with mxfp8_ops.quantize_(model)")
+            found.append('nothing was compiled through backend="mxfp8", enable() or options()')
+        elif self.graphs and not any(graph.weights for graph in self.graphs):
+            how = f"that matches {self.weights_glob!r}" if self.weights_glob else ""
+            found.append(
+                f"no MXFP8 weight {how}" if how else "no MXFP8 weight: swap linears with mxfp8_ops.quantize_(model)"
+            )
         if cached:
             found.append(
                 f"cache hit: the code of {cached} of {len(self.graphs)} graphs was found on disk, not generated"
             )
         if self.reused:
+            calls = f"{self.reused} call{'s' * (self.reused != 1)}"
             found.append(
-                f"cache hit: {self.reused} calls ran code compiled earlier in this process, which is not reported "
-                "again; torch._dynamo.reset() makes it compile anew"
+                f"cache hit: {calls} ran code compiled earlier in this process, which is not reported again; "
+                "torch._dynamo.reset() makes it compile anew"
             )
         return found
 
@@ -116,6 +122,10 @@ class Report:
             plain = [each for each in graph.plain if matches(each.name)]
             graphs.append(dataclasses.replace(graph, weights=weights, plain=plain, stages=stages))
         return dataclasses.replace(self, graphs=graphs, weights_glob=glob)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {action}" for action, count in self.counts.items())
+        return f"<Report on {self.title or 'a compile'}: {self.label}, {counts}>"
 
     def __str__(self) -> str:
         lines = [report.format_table(self.weights)] if self.weights else []

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Failure(f"cannot import {name}: {one_line(error)}") from error
 
 
@@ -113,7 +114,7 @@ def _module_of_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Failure(f"cannot import {path}: {one_line(error)}") from error
     return module
 
@@ -148,10 +149,13 @@ def _only_function(module: ModuleType) -> str:
 def _made(title: str, factory: Callable[[], object]) -> Target:
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Failure(f"the factory raised {one_line(error)}") from error
-    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
-        raise Failure(f"the factory must return (model, example_inputs), got {type(made).__name__}")
+    if not isinstance(made, tuple) or len(made) != 2:
+        got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+        raise Failure(f"the factory must return (model, example_inputs), got {got}")
+    if not callable(made[0]):
+        raise Failure(f"the model must be a module or function, got {type(made[0]).__name__}")
     model, inputs = made
     title = title.rpartition(os.sep)[2]
     if isinstance(inputs, dict):
@@ -167,6 +171,8 @@ def _made(title: str, factory: Callable[[], object]) -> Target:
 def _exported(path: Path) -> Target:
     if not path.is_file():
         raise Failure(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):  # torch would log a traceback
+        raise Failure(f"cannot read {path.name} as an exported program: it is no archive")
     try:
         program = torch.export.load(path)
         model = program.module()
@@ -201,6 +207,9 @@ def _demo(dtype: torch.dtype | None) -> Target:
 
 def _checkpoint(folder: Path, dtype: torch.dtype | None) -> Target:
     """A dense checkpoint, its linears quantized, called on a few tokens."""
+    folder = folder.resolve()
+    if not (folder / "config.json").is_file():
+        raise Failure(f"{folder.name} is no transformers checkpoint: there is no config.json in it")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         quantized, architectures = config.get("quantization_config"), config.get("architectures") or ["AutoModel"]
@@ -227,7 +236,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype | None) -> Target:
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     notes = [f"{done} of {len(summary)} linears were quantized to MXFP8 for this"]
     notes += [f"{layer.name} was left: {layer.reason}" for layer in summary if layer.action != "quantized"]
-    return Target(folder.resolve().name, model, (), kwargs, notes)
+    return Target(folder.name, model, (), kwargs, notes)
 
 
 def _import_transformers() -> Any:

@@ -7,12 +7,15 @@ from __future__ import annotations
 import itertools
 import os
 import pydoc
+import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -61,11 +64,15 @@ def render(
             _run(report, on)
             for number, graph in enumerate(report.graphs, start=1):
                 _stages(report, graph, f"graph {number} of {len(report.graphs)}", on, stages, context)
-    return captured.get()
+    if on.is_terminal:
+        return captured.get()
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def show(text: str, on: Console, pager: bool = True) -> None:
     """Writes rendered text, through the user's pager where it is longer than the terminal."""
+    words = shlex.split(os.environ.get("PAGER", ""))
+    pager = pager and (not words or shutil.which(words[0]) is not None)
     if pager and on.is_terminal and on.height < text.count("\n"):
         os.environ.setdefault("LESS", "-RS")
         pydoc.pager(text)
@@ -80,7 +87,11 @@ def show(text: str, on: Console, pager: bool = True) -> None:
 def _run(report: Report, on: Console) -> None:
     _heading(f"{report.title}: {report.label}", on)
     if report.weights:
-        on.print(_weights(report.weights))
+        table = _weights(report.weights)
+        if Measurement.get(on, on.options.update(width=WIDE), table).maximum <= on.width:
+            on.print(table)
+        else:
+            _stacked(report.weights, on)
         memory = report.memory
         on.print(
             f"memory of the weights: {memory.before:,} bytes before, {memory.peak:,} at most, {memory.after:,} after"
@@ -121,6 +132,17 @@ def _weights(weights: Sequence[WeightReport]) -> Table:
     return table
 
 
+def _stacked(weights: Sequence[WeightReport], on: Console) -> None:
+    """Two lines a weight, where the terminal is too narrow for a table."""
+    for row in weights:
+        shape, size = "x".join(map(str, row.shape)), f"{row.bytes_before:,} -> {row.bytes_after:,} bytes"
+        on.print(Text(row.name, "bold"), soft_wrap=True)
+        on.print(
+            "  ", Text(row.action, STYLES[row.action]), f" {shape}, {size}, ", Text(row.kernel), sep="", soft_wrap=True
+        )
+        on.print("  ", Text(row.reason), sep="", soft_wrap=True)
+
+
 def _comparison(reports: Sequence[Report], on: Console) -> None:
     _heading(f"{reports[0].title}: side by side", on)
     table = Table(box=box.SIMPLE, pad_edge=False, show_footer=True)
@@ -148,7 +170,8 @@ def _stages(report: Report, graph: GraphReport, title: str, on: Console, stages:
     for stage in stages:
         if stage == DYNAMO:
             _heading(f"{title}, {report.label}: before and after", on)
-            _print_diff(list(unified(graph, context, bool(report.weights_glob))), on)
+            lines = list(unified(graph, context, bool(report.weights_glob)))
+            _print_diff(lines, on, "these weights" if report.weights_glob else "the graph")
         elif stage == CODE:
             for code in graph.code:
                 _heading(f"{title}, {report.label}: generated code", on)
@@ -156,9 +179,9 @@ def _stages(report: Report, graph: GraphReport, title: str, on: Console, stages:
                     Syntax("", "python").highlight(code.text) if on.is_terminal else Text(code.text), soft_wrap=True
                 )
         else:
-            for lines in graph.stages.get(stage, ()):
+            for text in graph.stages.get(stage, ()):
                 _heading(f"{title}, {report.label}: {stage}", on)
-                on.print(Text("\n".join(map(str, lines))), soft_wrap=True)
+                on.print(Text("\n".join(map(str, text))), soft_wrap=True)
 
 
 def unified(graph: GraphReport, context: int, only_linked: bool = False) -> Iterator[str]:
@@ -167,14 +190,17 @@ def unified(graph: GraphReport, context: int, only_linked: bool = False) -> Iter
     Args:
         graph: whose stages are compared.
         context: unchanged lines around a change.
-        only_linked: leave out changes without a line of a weight.
+        only_linked: leave out changed lines that have to do with no weight.
     """
     before, after = graph.lines(BEFORE), graph.lines(AFTER)
-    for hunk in diff.hunks(list(diff.rows(before, after)), context):
+
+    def is_shown(row: diff.Row) -> bool:
+        line = before[row.before] if row.before >= 0 else after[row.after]
+        return not only_linked or row.sign == diff.UNCHANGED or bool(line.weights)
+
+    for hunk in diff.hunks(list(filter(is_shown, diff.rows(before, after))), context):
         old = [row.before for row in hunk if row.before >= 0]
         new = [row.after for row in hunk if row.after >= 0]
-        if only_linked and not any(line.weights for line in (*(before[i] for i in old), *(after[i] for i in new))):
-            continue
         yield f"@@ -{_range(old)} +{_range(new)} @@"
         for unchanged, rows in itertools.groupby(hunk, lambda row: row.sign == diff.UNCHANGED):
             part = list(rows)
@@ -189,9 +215,9 @@ def _range(positions: Sequence[int]) -> str:
     return f"{positions[0] + 1 if positions else 0},{len(positions)}"
 
 
-def _print_diff(lines: Sequence[str], on: Console) -> None:
+def _print_diff(lines: Sequence[str], on: Console, what: str) -> None:
     if not lines:
-        on.print("(the graph is unchanged)")
+        on.print(f"(nothing changed in {what})")
     text = Text()
     for line in lines:
         text.append(f"{line}\n", DIFF_STYLES.get(line[0], ""))

@@ -13,6 +13,18 @@ def raises() -> None:
     raise RuntimeError("no such checkpoint\nsecond line")
 
 
+def exits() -> None:
+    raise SystemExit(0)
+
+
+def three_things() -> tuple[int, int, int]:
+    return 1, 2, 3
+
+
+def no_model() -> tuple[int, tuple[()]]:
+    return 1, ()
+
+
 def not_a_pair() -> int:
     return 3
 
