@@ -9,16 +9,19 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint format clean
+.PHONY: help demo test test-gpu browser lint format clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
 
 demo: $(STAMP) ## the main job on real weights: MiniLM in bf16, eager, compiled, folded
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP) browser ## all tests, on WORKERS processes (default 2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device; skipped, with the reason, where there is none
+	$(BIN)/python -m pytest -m gpu
 
 # Without a browser the tests of the page are skipped, except in CI, where they fail.
 browser: ## Chromium for the tests of the HTML page, from Debian's packages, where there is none

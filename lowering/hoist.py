@@ -12,7 +12,7 @@ dequantized value, and a weight that changes is seen at the next call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,10 +136,12 @@ class Hoist:
         release: bool,
         report: GraphReport,
     ) -> None:
-        self.report, self.account = report, Account(report, self._example)
+        self.report = report
         self.example_inputs = list(example_inputs)
         self.keep_all, self.release = keep_all, release
         self.top = Level(gm)
+        self._example = _examples(self.top, self.example_inputs)
+        self.account = Account(report, self._example)
         self.levels = [self.top]
         self._find_levels(self.top)
         self.slots: list[Slot] = []
@@ -282,12 +284,6 @@ class Hoist:
         if origin and origin.weight.leaf.op == origin.scale.leaf.op == "get_attr":
             self.constants.append((row, self._example(origin.weight.leaf), self._example(origin.scale.leaf)))
 
-    def _example(self, leaf: fx.Node) -> Any:
-        if leaf.op == "get_attr":
-            return getattr(self.top.gm, str(leaf.target), None)
-        position = self.top.positions.get(leaf)
-        return None if position is None else self.example_inputs[position]
-
     def _origins(self, level: Level, request: Request | None) -> list[Request | None]:
         """A request in terms of the top graph's inputs, one for every way the sub-graph is reached."""
         if request is None or level is self.top:
@@ -297,6 +293,18 @@ class Hoist:
     def _value(self, node: fx.Node) -> Tensor:
         value = value_of(node)  # torch 2.11 may have lost it, see compat.is_dynamo_graph
         return value if value is not None else getattr(self.top.gm, str(node.target))
+
+
+def _examples(top: Level, inputs: Sequence[Any]) -> Callable[[fx.Node], Any]:
+    """The tensors behind the top graph's inputs and constants. (No method: whoever keeps one keeps the weights.)"""
+
+    def example(leaf: fx.Node) -> Any:
+        if leaf.op == "get_attr":
+            return getattr(top.gm, str(leaf.target), None)
+        position = top.positions.get(leaf)
+        return None if position is None else inputs[position]
+
+    return example
 
 
 def _drop_folded_operands(level: Level) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference, settings
+from . import gpu, reference, settings
 from .format import (
     BLOCK_SIZE,
     ELEMENT_DTYPE,
@@ -62,11 +62,41 @@ for _name, _kernel in (("quantize", _quantize_kernel), ("dequant", _dequant_kern
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
+# --- kernels: CUDA devices ------------------------------------------------------------------------------
+
+
+def _gpu() -> Any:
+    """The kernels of CUDA devices; None where the reference is to compute."""
+    return gpu.kernels() if settings.kernels() else None
+
+
+def _quantize_cuda(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    check_quantize(x, rule)
+    return (_gpu() or reference).quantize(x, rule)
+
+
+def _dequant_cuda(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    check_pair(weight, scale)
+    check_compute_dtype(dtype, "dtype")
+    return (_gpu() or reference).dequant(weight, scale, dtype)
+
+
+def _linear_cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, weight, scale, bias)
+    return (_gpu() or reference).linear(x, weight, scale, bias)
+
+
+for _name, _kernel in (("quantize", _quantize_cuda), ("dequant", _dequant_cuda), ("linear", _linear_cuda)):
+    _library.impl(_name, _kernel, "CUDA")
+
+
 def kernel_name(name: str, device: torch.device) -> str:
     """Which kernel computes the operator ``mxfp8::<name>`` on a device: "reference", or the device's own."""
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device.type, "PrivateUse1")
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"mxfp8::{name}", key)
-    return device.type if own and settings.kernels() else "reference"
+    if not own or not settings.kernels() or (device.type == "cuda" and gpu.kernels() is None):
+        return "reference"
+    return device.type
 
 
 # --- fakes: the same checks, shapes, dtypes and strides, no data ---------------------------------------

@@ -30,6 +30,61 @@ def test_every_code_is_exact_on_the_device() -> None:
         assert_same(actual.cpu(), expected_from_float64(weight, scale, dtype))
 
 
+@pytest.mark.parametrize("rows_of_x", [1, 3, 8, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_goes_through_linear_as_through_the_reference(dtype: torch.dtype, rows_of_x: int) -> None:
+    weight, scale = all_codes()
+    eye = torch.eye(256, dtype=dtype)
+    expected = reference.linear(eye, weight, scale)
+    on_device = (weight.cuda(), scale.cuda())
+    actual = [mxfp8_ops.linear(x.cuda(), *on_device).cpu() for x in eye.split(rows_of_x)]
+    assert_same(torch.cat(actual), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_exact_for_any_shape_and_strides(dtype: torch.dtype) -> None:
+    for m in (0, 1, 2, 3, 5, 8, 9, 17):
+        for n, k in ((1, 32), (7, 96), (33, 288), (257, 1056), (64, 4096)):
+            x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
+            expected = reference.linear(x, weight, scale, bias)
+            x, weight, scale, bias = (each.cuda() for each in (x, weight, scale, bias))
+            assert_same(mxfp8_ops.linear(x, weight, scale, bias).cpu(), expected)
+            strided = torch.stack([x, x], -1)[..., 0]
+            transposed = weight.view(torch.uint8).T.contiguous().T.view(torch.float8_e4m3fn)
+            assert_same(mxfp8_ops.linear(strided, transposed, scale, bias).cpu(), expected)
+    assert mxfp8_ops.linear(x[0], weight, scale, bias).shape == (64,)
+
+
+def test_sums_that_overflow_before_they_are_scaled_are_right() -> None:
+    weight, scale = mxfp8_ops.quantize(torch.full((5, 64), 2.0**-100))
+    x = torch.zeros(2, 64)
+    x[0], x[1, 3] = 2.0**127, torch.inf
+    expected = reference.linear(x, weight, scale)
+    assert expected[0].isfinite().all()
+    assert_same(mxfp8_ops.linear(x.cuda(), weight.cuda(), scale.cuda()).cpu(), expected)
+
+
+def test_two_runs_have_equal_bits_and_the_error_of_a_bfloat16_product() -> None:
+    weight, scale = mxfp8_ops.quantize(torch.randn(1000, 4096))
+    x = torch.randn(4, 4096).bfloat16()
+    exact = x.double() @ reference.dequant(weight, scale, torch.float32).double().T
+    for m in (1, 2, 4):
+        first, second = (mxfp8_ops.linear(x[:m].cuda(), weight.cuda(), scale.cuda()) for _ in range(2))
+        assert_same(first, second)
+        assert (first.cpu().double() - exact[:m]).norm() / exact[:m].norm() < 2e-3
+
+
+def test_kernels_off_is_the_reference_with_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, scale, bias = (each.cuda() for each in exact_linear_inputs(2, 33, 288, torch.bfloat16))
+    assert ops.kernel_name("linear", x.device) == "cuda"
+    expected = mxfp8_ops.linear(x, weight, scale, bias), mxfp8_ops.dequant(weight, scale), *mxfp8_ops.quantize(x)
+    monkeypatch.setenv("MXFP8_KERNELS", "off")
+    assert ops.kernel_name("linear", x.device) == "reference"
+    actual = mxfp8_ops.linear(x, weight, scale, bias), mxfp8_ops.dequant(weight, scale), *mxfp8_ops.quantize(x)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other)
+
+
 @FLAGS
 def test_every_code_is_exact_in_compiled_graphs(flag: bool) -> None:
     weight, scale = all_codes()
@@ -94,6 +149,7 @@ def test_folded_weights_are_static_inputs_that_cuda_graphs_do_not_copy() -> None
 def test_release_frees_the_packed_bytes_on_the_device() -> None:
     model = layer(1024, 1024).cuda()
     expected = model(rows(5, 1024).cuda())
+    nn.Linear(1024, 1024, dtype=torch.bfloat16, device="cuda")(rows(5, 1024).cuda())  # cuBLAS takes its workspaces
     before = torch.cuda.memory_allocated()
     with report.collect() as graphs, torch.no_grad():
         compiled = torch.compile(

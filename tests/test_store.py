@@ -6,13 +6,14 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from models import folding, layer, rows
 
-from lowering import report, store
+from lowering import Options, backend, report, store
 from mxfp8_ops import dequant
 
 ON = {"dequant_at_load": True}
@@ -126,3 +127,23 @@ def test_peak_memory_of_the_fold_is_what_stays_plus_one_layer(how: str, limit: f
     done = subprocess.run([sys.executable, "-c", PEAK, how], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= limit + 1.5  # scales, threads, what the allocator holds back: some 50 MB
+
+
+def test_nothing_of_a_call_outlives_its_compile() -> None:
+    graphs: list[tuple[torch.fx.GraphModule, list[torch.Tensor]]] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> object:
+        graphs.append((gm, [each.detach().clone() for each in inputs]))
+        return gm.forward
+
+    torch.compile(layer(), backend=keep, fullgraph=True)(rows())
+    gm, inputs = graphs.pop()
+    refs = [weakref.ref(each) for each in inputs]
+    gc.collect()
+    gc.disable()
+    try:
+        backend.lower(gm, inputs, Options(dequant_at_load=False), {}, lambda copy, inputs, patches: copy.forward)
+        del inputs
+        assert [ref() for ref in refs] == [None] * len(refs)
+    finally:
+        gc.enable()

@@ -1,0 +1,68 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU. A program: the interpreter must be chosen before Triton
+is imported. Its own casts are wrong for subnormal bfloat16 and float16, which tests/test_gpu.py covers instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from helpers import all_codes, assert_same, exact_linear_inputs, expected_from_float64
+
+from mxfp8_ops import reference
+from mxfp8_ops.gpu import elementwise, gemv
+
+SHAPES = ((1, 32), (7, 96), (33, 288), (5, 1056), (4, 2048))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dequant() -> None:
+    weight, scale = all_codes()
+    for dtype, exact in (
+        (torch.float32, slice(0, 256)),
+        (torch.bfloat16, slice(10, 240)),
+        (torch.float16, slice(124, 134)),
+    ):
+        w, s = weight[exact], scale[exact]
+        assert_same(elementwise.dequant(w, s, dtype), expected_from_float64(w, s, dtype))
+
+
+def quantize() -> None:
+    x = torch.randn(67, 128) * torch.logspace(-44, 38, 67)[:, None]
+    x[3, 7], x[5, 40], x[6], x[7, :32] = torch.nan, torch.inf, 0, -0.0
+    every = torch.arange(0x0080, 0x7F80, dtype=torch.int16).view(torch.bfloat16).unsqueeze(-1).repeat(1, 32)
+    every[:, 1:] *= 0.37
+    for values in (x, every.float()):
+        for rule in ("rceil", "floor"):
+            for actual, expected in zip(
+                elementwise.quantize(values, rule), reference.quantize(values, rule), strict=True
+            ):
+                assert_same(actual, expected)
+
+
+def linear() -> None:
+    for m in (1, 2, 3, 5, gemv.MAX_ROWS):
+        for n, k in SHAPES:
+            for dtype in DTYPES:
+                x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
+                for offset in (bias, None):
+                    actual = gemv.linear(x, weight, scale, offset, native=False)
+                    assert_same(actual, reference.linear(x, weight, scale, offset))
+
+
+def special() -> None:
+    """Every code through linear, where scaling sums instead of elements would lose it."""
+    weight, scale = all_codes()
+    eye = torch.eye(256)
+    for rows in (slice(0, 3), slice(127, 129), slice(245, 256)):
+        expected = reference.linear(eye, weight[rows], scale[rows])
+        for start in (0, 120, 252):
+            actual = gemv.linear(eye[start : start + 4], weight[rows], scale[rows], None, native=False)
+            assert_same(actual, expected[start : start + 4])
+
+
+if __name__ == "__main__":
+    {"dequant": dequant, "quantize": quantize, "linear": linear, "special": special}[sys.argv[1]]()

@@ -1,0 +1,87 @@
+"""The Triton kernels without a device: interpreted, and compiled for every target."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mxfp8_ops import gpu
+
+triton = pytest.importorskip("triton")
+NVIDIA = (80, 86, 89, 90, 100)
+
+
+@pytest.mark.parametrize("what", ["dequant", "quantize", "linear", "special"])
+def test_interpreted_kernels_give_the_bits_of_the_reference(what: str) -> None:
+    program = Path(__file__).parent / "interpreted.py"
+    command = [sys.executable, "-W", "ignore", str(program), what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def ptx(kernel: Any, capability: int, warps: int, types: dict[str, str], **constants: Any) -> str:
+    """What Triton generates for a device that need not be there; pointers and K are multiples of 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in ("rows", "blocks")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", NVIDIA)
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_gemv_compiles_for_every_target_and_reads_16_bytes_at_a_time(capability: int, m: int) -> None:
+    from mxfp8_ops.gpu import gemv
+
+    native = capability >= 89
+    types = {"x": "*bf16", "weight": "*fp8e4nv" if native else "*u8", "scale": "*u8", "bias": "*bf16", "out": "*bf16"}
+    types |= {"rows": "i32", "N": "i32", "K": "i32"}
+    outputs, elements, warps = gemv.configuration(4096, m)
+    sizes = {"M": m, "BN": outputs, "BK": elements, "EXACT_BK": 256, "LOWEST": 3, "HIGHEST": 246}
+    text = ptx(gemv._kernel, capability, warps, types, HAS_BIAS=True, NATIVE=native, **sizes)
+    assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", text)
+    assert ("cvt.rn.f16x2.e4m3x2" in text) == native
+
+
+@pytest.mark.parametrize("capability", NVIDIA)
+def test_elementwise_kernels_compile_for_every_target_without_a_float8_type(capability: int) -> None:
+    from mxfp8_ops.gpu import elementwise
+
+    sizes = {"BLOCK": 32, "BLOCKS": 128}
+    for out in ("*bf16", "*fp16", "*fp32"):
+        types = {"codes": "*u8", "scales": "*u8", "out": out, "blocks": "i32"}
+        assert "e4m3" not in ptx(elementwise._dequant_kernel, capability, 4, types, **sizes)
+    types = {"x": "*bf16", "codes": "*u8", "scales": "*u8", "blocks": "i32"}
+    assert "e4m3" not in ptx(elementwise._quantize_kernel, capability, 4, types, RCEIL=True, **sizes)
+
+
+def test_missing_triton_is_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "mxfp8_ops.gpu.dispatch", None)
+    monkeypatch.delattr("mxfp8_ops.gpu.dispatch", raising=False)
+    try:
+        with pytest.warns(UserWarning, match="MXFP8 runs on the slow reference: Triton cannot be imported"):
+            assert gpu.kernels() is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert gpu.kernels() is None
+    finally:
+        gpu.kernels.cache_clear()
+
+
+def test_triton_is_not_imported_before_a_kernel_is_needed() -> None:
+    program = "import sys, mxfp8_ops; print('mxfp8_ops.gpu.dispatch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert not torch.cuda.is_initialized()
