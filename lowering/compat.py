@@ -348,8 +348,9 @@ reused_code = _Tap(_tap_reused)
 
 
 def trace_artifact(name: str, text: str) -> None:
-    """Writes a text to the file of ``TORCH_TRACE``, where tlparse shows it; without one it does nothing."""
-    logging: Any = torch._logging
-    logging.trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
-    )
+    """Writes a text to the file of ``TORCH_TRACE``, where tlparse shows it. Does nothing without one, or in a torch
+    that has no such channel.
+    """
+    trace = getattr(torch._logging, "trace_structured", None)
+    if trace is not None:
+        trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +34,23 @@ def compiled_graphs(compiled: Callable[..., Tensor], *inputs: Tensor) -> list[re
     with report.collect() as graphs, torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled(*inputs)
     return graphs
+
+
+# --- eager ---------------------------------------------------------------------------------------------------
+
+
+def test_compile_disable_is_eager_and_compiles_nothing() -> None:
+    program = """
+import torch, lowering, mxfp8_ops
+model, x = mxfp8_ops.Mxfp8Linear.from_float(torch.randn(32, 64)), torch.randn(3, 64)
+print(torch.equal(torch.compile(model, backend="mxfp8")(x), model(x)), len(lowering.report.recent()))
+"""
+    for disable, graphs in (("1", 0), ("0", 1)):
+        environment = dict(os.environ, TORCH_COMPILE_DISABLE=disable)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.split() == ["True", str(graphs)], done.stderr
 
 
 # --- passes off ----------------------------------------------------------------------------------------------
