@@ -18,11 +18,13 @@ from mxfp8_ops.format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 from .graph import (
     StaticView,
     arguments,
+    called,
     cast_to,
     is_linear,
     is_plain_linear,
     is_view,
     leaf_name,
+    leaves,
     static_view,
     value_of,
     view_name,
@@ -68,7 +70,7 @@ class Account:
         row = self.rows.get(name)
         if row is None:
             row = self._row(request, tuple(weight.shape), weight.nbytes + scale.nbytes, weight.device, name)
-            if request and request.weight.leaf.op == request.scale.leaf.op == "get_attr":
+            if request and request.is_constant:
                 self.report.constants.append((row, weakref.ref(self.tensors(request.weight.leaf))))
         if is_linear(node):
             row.reason = row.reason or reason
@@ -78,11 +80,10 @@ class Account:
 
     def written_out(self, graph: fx.Graph) -> None:
         """Notes static MXFP8 weights that no operator of ours reads: their dequantization is written out."""
-        leaves = [node for op in ("placeholder", "get_attr") for node in graph.find_nodes(op=op)]
-        read = {node for node in leaves if leaf_name(node) in self.report.owners.leaves}
-        scales = [node for node in leaves if node not in read and _dtype(node) in (SCALE_DTYPE, torch.float8_e8m0fnu)]
-        for node in leaves:
-            scale = None if node in read or not node.users else _scale_of(node, scales)
+        unread = [node for node in leaves(graph) if leaf_name(node) not in self.report.owners.leaves]
+        scales = [node for node in unread if _dtype(node) in (SCALE_DTYPE, torch.float8_e8m0fnu)]
+        for node in unread:
+            scale = _scale_of(node, scales) if node.users else None
             if scale is None:
                 continue
             weight, readers = value_of(node), ", ".join(dict.fromkeys(map(called, node.users)))
@@ -139,13 +140,6 @@ def why_no_linear(dequant: fx.Node) -> str:
     if len(shape) != 2:
         return f"dequantized in every call for {_called_by(node)}: linear takes [N, K], not {len(shape)} dimensions"
     return f"dequantized in every call for {_called_by(node)}, which is not linear"
-
-
-def called(node: fx.Node) -> str:
-    """The name of what a node calls, without module and overload."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.split("::")[-1])
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 def _called_by(node: fx.Node) -> str:

@@ -347,10 +347,10 @@ reused_code = _Tap(_tap_reused)
 """``with reused_code(receive):`` calls ``receive`` for every frame that finds its code in Dynamo's memory."""
 
 
-def trace_artifact(name: str, text: str) -> None:
-    """Writes a text to the file of ``TORCH_TRACE``, where tlparse shows it. Does nothing without one, or in a torch
-    that has no such channel.
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Writes what ``text`` returns to the file of ``TORCH_TRACE``, where tlparse shows it. Does nothing without one,
+    or in a torch that has no such channel.
     """
     trace = getattr(torch._logging, "trace_structured", None)
     if trace is not None:
-        trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+        trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)

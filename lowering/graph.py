@@ -50,6 +50,18 @@ def value_of(node: object) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def called(node: fx.Node) -> str:
+    """The name of what a node calls, without module and overload."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.split("::")[-1])
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def leaves(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph, then the constants it reads."""
+    return [*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr")]
+
+
 # --- F.linear(x, dequant(w, s)) is linear(x, w, s) --------------------------------------------------------
 
 
@@ -286,8 +298,6 @@ def label_leaves(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, 
     """Settles the names of a graph's inputs and constants: those known for their tensors, by ``id``, else
     Dynamo's.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    constants = gm.graph.find_nodes(op="get_attr")
-    tensors = [*inputs, *(getattr(gm, str(node.target), None) for node in constants)]
-    for node, tensor in zip([*placeholders, *constants], tensors, strict=True):
+    constants = [getattr(gm, str(node.target), None) for node in gm.graph.find_nodes(op="get_attr")]
+    for node, tensor in zip(leaves(gm.graph), [*inputs, *constants], strict=True):
         node.meta["mxfp8_label"] = names.get(id(tensor)) or leaf_name(node)

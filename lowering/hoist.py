@@ -281,7 +281,7 @@ class Hoist:
 
     def _leave(self, use: Use, origin: Request | None, reason: str) -> None:
         row = self.account.left(use.node, origin, self._value(use.weight), self._value(use.scale), reason)
-        if origin and origin.weight.leaf.op == origin.scale.leaf.op == "get_attr":
+        if origin and origin.is_constant:
             self.constants.append((row, self._example(origin.weight.leaf), self._example(origin.scale.leaf)))
 
     def _origins(self, level: Level, request: Request | None) -> list[Request | None]:

@@ -21,7 +21,7 @@ import mxfp8_ops
 from mxfp8_ops import settings
 
 from . import compat, kernels, report
-from .graph import label_leaves, leaf_name, recognise, recognise_all
+from .graph import label_leaves, leaf_name, leaves, recognise, recognise_all
 from .hoist import Hoist
 from .report import GraphBreak, GraphReport
 from .slots import Folded
@@ -128,9 +128,9 @@ def rewrite(
         copy = compat.copy_graph_module(gm)
         changed, unchanged = (gm, copy) if in_place else (copy, gm)
         label_leaves(changed, inputs, names)
-        leaves = [node for op in ("placeholder", "get_attr") for node in changed.graph.find_nodes(op=op)]
-        labels = {node.name: leaf_name(node) for node in leaves}
-        constants = [(getattr(gm, str(node.target), None), leaf_name(node)) for node in leaves if node.op == "get_attr"]
+        labels = {node.name: leaf_name(node) for node in leaves(changed.graph)}
+        attributes = changed.graph.find_nodes(op="get_attr")
+        constants = [(getattr(gm, str(node.target), None), leaf_name(node)) for node in attributes]
         graph_report.labels = [(weakref.ref(each), name) for each, name in constants if isinstance(each, Tensor)]
         recognised = recognise_all(changed)
         hoist = Hoist(changed, inputs, keep_all, release, graph_report)

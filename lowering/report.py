@@ -311,9 +311,11 @@ def log_graph(graph: GraphReport) -> None:
     if graph.from_cache:
         log.info("cache hit: the generated code was found on disk")
     log.info("passes took %.4f of %.2f s", graph.seconds.get("passes", 0.0), graph.seconds.get("total", 0.0))
-    log.debug("before:\n%s\nafter:\n%s", graph.before, graph.after)
-    for name, text in (("before", graph.before), ("after", graph.after), ("report", str(graph))):
-        compat.trace_artifact(f"mxfp8_{name}", text)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("before:\n%s\nafter:\n%s", graph.before, graph.after)
+    compat.trace_artifact("mxfp8_before", lambda: graph.before)
+    compat.trace_artifact("mxfp8_after", lambda: graph.after)
+    compat.trace_artifact("mxfp8_report", lambda: str(graph))
 
 
 def distinct(graphs: Iterable[GraphReport]) -> list[WeightReport]:

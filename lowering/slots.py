@@ -26,6 +26,11 @@ class Request:
         """Names the two views: requests with one text make the same value of the same tensors."""
         return f"{self.weight.text}|{self.scale.text}"
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether both are attributes of the graph module, as under freezing, rather than inputs."""
+        return self.weight.leaf.op == self.scale.leaf.op == "get_attr"
+
 
 class Slot:
     """One appended input.

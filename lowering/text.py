@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from .graph import StaticView, leaf_name, static_view, sub_graphs, value_of
+from .graph import StaticView, called, leaf_name, static_view, sub_graphs, value_of
 
 Names = Callable[[fx.Node], str]
 """The name of a graph's input or constant."""
@@ -180,11 +180,8 @@ class _Printer:
 
 
 def _target(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
-    if isinstance(node.target, str):
-        return node.target.strip("_")
-    return getattr(node.target, "__name__", str(node.target)).strip("_")
+    name = called(node)
+    return name if isinstance(node.target, torch._ops.OpOverload) else name.strip("_")
 
 
 def _qualified(node: fx.Node) -> str:

@@ -8,15 +8,14 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import SCHEMA, validate
 from helpers import assert_same
 from models import Chain, layer, rows
 from torch import Tensor, nn
@@ -24,10 +23,6 @@ from torch import Tensor, nn
 import lowering
 import mxfp8_ops
 from lowering import store
-from lowering.inspect import kernels, stages
-from lowering.report import GeneratedCode, GraphReport
-
-SCHEMA = json.loads((Path(lowering.__file__).parent / "inspect" / "schema.json").read_text())
 
 
 class Mixed(nn.Module):
@@ -59,12 +54,6 @@ def mixed() -> dict[bool, lowering.Report]:
     torch._dynamo.reset()
     with torch.no_grad():
         return {flag: lowering.explain(Mixed(broken=True), rows(), dequant_at_load=flag) for flag in (True, False)}
-
-
-def validate(report: lowering.Report) -> Any:
-    document = json.loads(report.to_json())
-    jsonschema.validate(document, SCHEMA)
-    return document
 
 
 # --- explain -------------------------------------------------------------------------------------------------
@@ -290,135 +279,6 @@ def test_five_hundred_linears_are_all_accounted_for_in_one_graph() -> None:
     validate(report)
 
 
-# --- capture -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with torch._inductor.config.patch(force_disable_caches=False):
-        yield
-
-
-@pytest.mark.usefixtures("fresh_cache")
-def test_code_from_disk_is_a_cache_hit_with_its_weights() -> None:
-    def run() -> lowering.Report:
-        torch._dynamo.reset()
-        with torch.no_grad(), lowering.capture("mine") as report:
-            torch.compile(layer(), backend="mxfp8", options={"dequant_at_load": True})(rows())
-        return report
-
-    first, second = run(), run()
-    assert first.notes == []
-    assert first.weights[0].kernel == "aten.addmm"
-    (note,) = second.notes
-    assert note == "cache hit: the code of 1 of 1 graphs was found on disk, not generated"
-    assert second.weights[0].action == "folded"
-    assert second.weights[0].kernel == "linear"
-    for report in (first, second):
-        assert validate(report)["runs"][0]["graphs"][0]["from_cache"] == (report is second)
-
-
-def test_code_from_memory_is_a_cache_hit_that_says_how_to_see_it() -> None:
-    compiled = torch.compile(layer(), backend="mxfp8")
-    compiled(rows())
-    with lowering.capture() as report:
-        compiled(rows())
-        compiled(rows())
-    assert report.graphs == []
-    assert report.notes[0].startswith("cache hit: 2 calls ran code compiled earlier in this process")
-
-
-def test_capture_without_a_compile_says_so() -> None:
-    with lowering.capture() as report:
-        layer()(rows())
-        torch.compile(layer())(rows())
-    assert report.notes == ['nothing was compiled through backend="mxfp8", enable() or options()']
-
-
-WAYS: list[Callable[[nn.Module], Callable[..., Tensor]]] = [
-    lambda model: torch.compile(model, backend="mxfp8"),
-    lambda model: torch.compile(model, options=lowering.options()),
-    lambda model: torch.compile(model),
-]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_capture_sees_every_way_in(way: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
-    if way is WAYS[2]:
-        lowering.enable()
-    with torch.no_grad(), lowering.capture() as report:
-        way(layer())(rows())
-    assert [(row.name, row.action) for row in report.weights] == [("weight", "kept")]
-
-
-def test_capture_is_complete_after_an_error() -> None:
-    with pytest.raises(RuntimeError, match="mine"), lowering.capture() as report:  # noqa: PT012
-        torch.compile(layer(), backend="mxfp8")(rows())
-        raise RuntimeError("mine")
-    assert report.seconds > 0
-    assert len(report.weights) == 1
-
-
-def test_listening_puts_torch_back_as_it_was() -> None:
-    from torch._inductor.graph import GraphLowering
-
-    seen: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GraphLowering, "save_output_code", staticmethod(seen.append))
-        with lowering.capture(), torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
-            torch.compile(layer(), backend="mxfp8")(rows())
-        assert GraphLowering.save_output_code == seen.append
-        assert len(seen) == 1
-    with lowering.capture():
-        assert GraphLowering.save_output_code is not None
-    assert GraphLowering.save_output_code is None
-
-
-def test_nested_captures_see_the_same_and_record_code_once() -> None:
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), lowering.capture() as outer:
-        with lowering.capture() as inner:
-            torch.compile(layer(), backend="mxfp8")(rows())
-        lowering.explain(layer(), rows())
-    assert [len(report.graphs) for report in (inner, outer)] == [1, 2]
-    assert [len(graph.code) for graph in outer.graphs] == [1, 1]
-
-
-def test_captures_that_overlap_in_any_order_leave_torch_as_it_was() -> None:
-    from torch._inductor.graph import GraphLowering
-
-    compiled = torch.compile(layer(), backend="mxfp8")
-    compiled(rows())
-    first, second = lowering.capture(), lowering.capture()
-    reports = [first.__enter__(), second.__enter__()]
-    first.__exit__(None, None, None)
-    compiled(rows())
-    second.__exit__(None, None, None)
-    compiled(rows())
-    assert [report.reused for report in reports] == [0, 1]
-    assert GraphLowering.save_output_code is None
-
-
-def test_code_of_graphs_that_are_not_ours_is_not_attributed_to_ours() -> None:
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), lowering.capture() as report:
-        torch.compile(layer(), backend="mxfp8")(rows())
-        torch.compile(torch.neg)(rows())
-    (graph,) = report.graphs
-    assert len(graph.code) == 1
-    assert "neg" not in graph.code[0].text
-
-
-def test_backward_compiled_after_other_graphs_belongs_to_its_own_report() -> None:
-    models = [nn.Sequential(layer(64, 64, seed=i)) for i in (1, 2)]
-    inputs = [rows(m).requires_grad_() for m in (3, 5)]
-    with torch._inductor.config.patch(force_disable_caches=True), lowering.capture() as report:
-        outputs = [torch.compile(model, backend="mxfp8")(x) for model, x in zip(models, inputs, strict=True)]
-        for output in outputs:
-            output.sum().backward()
-    assert [len(graph.stages["post-grad"]) for graph in report.graphs] == [2, 2]
-    assert [len(graph.code) for graph in report.graphs] == [2, 2]
-
-
 # --- torch's own channels --------------------------------------------------------------------------------------
 
 
@@ -437,43 +297,3 @@ torch.compile(model, backend="mxfp8", options={"dequant_at_load": True})(torch.e
     assert "mxfp8.linear(" in trace
     assert "weight.dequantized" in done.stderr
     assert "passes took" in done.stderr
-
-
-# --- generated code --------------------------------------------------------------------------------------------
-
-PROGRAM = """\
-# AOT ID: ['7_inference']
-# kernel path: /tmp/torchinductor_me/ab/cab.py
-triton_poi_fused_relu_0 = async_compile.triton('triton_poi_fused_relu_0', '''
-def triton_poi_fused_relu_0(in_ptr0): pass
-''', device_str='cuda')
-def call(self, args):
-        arg0_1, arg1_1 = args
-        # Topologically Sorted Source Nodes: [linear, ], Original ATen: [aten.mm]
-        # [Provenance debug handles] extern_kernels.mm:1
-        extern_kernels.mm(arg0_1, arg1_1, out=buf0)
-        del arg0_1
-        # [Provenance debug handles] triton_poi_fused_relu_0:2
-        triton_poi_fused_relu_0.run(buf0, 256, stream=stream0)
-        buf1 = torch.ops.mxfp8.linear.default(buf0, arg2_1, arg3_1, None)
-        return (buf1, )
-"""
-
-
-def test_calls_of_generated_code_are_found_with_handle_source_and_definition() -> None:
-    graph = GraphReport(code=[GeneratedCode(stages.normalised(PROGRAM))])
-    first, second, third = kernels.kernels(graph)
-    assert (first.name, first.nodes, first.definition) == ("extern_kernels.mm", ("linear",), "")
-    assert first.call == "extern_kernels.mm(arg0_1, arg1_1, out=buf0)"
-    assert second.name == "triton_poi_fused_relu_0"
-    assert second.definition.startswith("triton_poi_fused_relu_0 = async_compile.triton(")
-    assert second.definition.endswith("''', device_str='cuda')")
-    assert (third.name, third.nodes) == ("torch.ops.mxfp8.linear.default", ())
-
-
-def test_normalised_code_has_no_counter_and_no_folder() -> None:
-    text = stages.normalised(PROGRAM + '#include "/tmp/torchinductor_me/xy/cxy.h"\na = b / c\n')
-    assert "AOT ID" not in text
-    assert "/tmp" not in text
-    assert '#include "cxy.h"' in text
-    assert "a = b / c" in text
