@@ -2,7 +2,7 @@
 
 from .convert import LayerSummary, dequantize_at_load_, quantize_
 from .format import BLOCK_SIZE
-from .functional import dequant, linear, quantize
+from .functional import dequant, linear, linear_packed, pack, quantize, unpack
 from .nn import Mxfp8Linear
 
 __all__ = [
@@ -12,8 +12,11 @@ __all__ = [
     "dequant",
     "dequantize_at_load_",
     "linear",
+    "linear_packed",
+    "pack",
     "quantize",
     "quantize_",
+    "unpack",
 ]
 
 __version__ = "0.1.0"

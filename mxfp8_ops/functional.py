@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, settings
+from . import packed as packed_ops
 from .format import check_rule, scale_bytes
 
 
@@ -71,3 +72,52 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None)
     """
     settings.guard_compiled_graph()
     return ops.linear(x, weight, scale_bytes(scale), bias)
+
+
+def pack(weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight of a linear in the order in which the tensor cores of GPUs take it, for ``linear_packed``.
+
+    A bijection: no bit is lost, see ``unpack``. One int32 tensor, of as many bytes as weight and scale together where
+    N is a multiple of 64 and K of 128, plus 128. Not differentiable.
+
+    Args:
+        weight: ``[N, K]`` float8_e4m3fn.
+        scale: ``[N, K/32]`` E8M0 bytes, uint8 or float8_e8m0fnu.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: shapes that do not fit, K not a multiple of 32, two devices, or a weight
+        that requires a gradient.
+    """
+    settings.guard_compiled_graph()
+    return packed_ops.pack(weight, scale_bytes(scale))
+
+
+def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """The ``weight [n, k]`` float8_e4m3fn and ``scale [n, k/32]`` uint8 from which ``pack`` made ``packed``.
+
+    Raises:
+        TypeError, ValueError: ``packed`` is not a packed weight of n by k.
+    """
+    settings.guard_compiled_graph()
+    return packed_ops.unpack(packed, n, k)
+
+
+def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
+    """``linear(x, *unpack(packed, n, K), bias)``. GPUs compute from the packed weight; other devices unpack it first.
+
+    Differentiable in x and bias.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16, any leading dimensions including none or 0 rows.
+        packed: of a weight ``[n, K]``, from ``pack``.
+        n: rows of the weight, N.
+        bias: ``[N]`` in x's dtype, or None.
+
+    Returns:
+        ``[..., N]`` in x's dtype, contiguous. Under autocast x and bias are cast.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: shapes that do not fit, or two devices.
+    """
+    settings.guard_compiled_graph()
+    return packed_ops.linear_packed(x, packed, n, bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -190,10 +191,14 @@ def _check_frozen(weight: Tensor) -> None:
         )
 
 
+def _needs_derivative(x: Tensor, bias: Tensor | None) -> bool:
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return needs_grad or forward_ad._current_level >= 0
+
+
 def _linear_autograd(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check_frozen(weight)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if needs_grad or forward_ad._current_level >= 0:
+    if _needs_derivative(x, bias):
         return _Linear.apply(x, weight, scale, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return linear(x, weight, scale, bias)
@@ -226,7 +231,10 @@ _library.impl("linear", _linear_functorch, "FuncTorchDynamicLayerFrontMode")
 # --- autocast: x and bias are cast as F.linear would, the packed weight never is --------------------------
 
 
-def _linear_autocast(device: str, key: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _under_autocast(
+    device: str, key: str, op: Any, x: Tensor, bias: Tensor | None, arguments: Callable[..., tuple[Any, ...]]
+) -> Tensor:
+    """Calls ``op`` on what ``arguments(x, bias)`` makes of the two in autocast's dtype."""
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor) -> Tensor:
@@ -234,8 +242,14 @@ def _linear_autocast(device: str, key: str, x: Tensor, weight: Tensor, scale: Te
         return tensor.to(dtype) if eligible else tensor
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-        return linear(cast(x), weight, scale, None if bias is None else cast(bias))
+        return op(*arguments(cast(x), None if bias is None else cast(bias)))
 
 
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+def _linear_autocast(device: str, key: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _under_autocast(device, key, linear, x, bias, lambda x, bias: (x, weight, scale, bias))
+
+
+AUTOCAST_KEYS = (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU"))
+
+for _device, _key in AUTOCAST_KEYS:
     _library.impl("linear", functools.partial(_linear_autocast, _device, _key), _key)

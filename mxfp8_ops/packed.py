@@ -1,0 +1,144 @@
+"""The operators on packed weights as torch sees them: ``mxfp8::pack``, ``unpack`` and ``linear_packed``.
+
+Packing is a load-time transformation for the GPU kernels (see ``packing`` for the layout); elsewhere a packed weight
+is unpacked in every call. Registration follows ``ops``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, packing, reference
+from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_compute_dtype, check_pair
+from .ops import _TAGS, _library
+from .packing import PACKED_DTYPE, check_packed, packed_shape
+
+_library.define("pack(Tensor weight, Tensor scale) -> Tensor", tags=_TAGS)
+_library.define("unpack(Tensor packed, SymInt n, SymInt k) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define("linear_packed(Tensor x, Tensor packed, SymInt n, Tensor? bias) -> Tensor", tags=_TAGS)
+
+pack = torch.ops.mxfp8.pack.default
+unpack = torch.ops.mxfp8.unpack.default
+linear_packed = torch.ops.mxfp8.linear_packed.default
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_pack(weight: Tensor, scale: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"only the weight [N, K] of a linear can be packed, got {list(weight.shape)}")
+    check_pair(weight, scale)
+
+
+def _check_linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> None:
+    check_compute_dtype(x.dtype, "x")
+    if x.dim() == 0:
+        raise ValueError("x must be [..., K], got a scalar")
+    check_packed(packed, n, x.shape[-1])
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device}, the packed weight on {packed.device}: move them to one device")
+    if bias is None:
+        return
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}: cast it with bias.to(x.dtype)")
+    if bias.dim() != 1 or bias.shape[0] != n:
+        raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
+    if bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}, x on {x.device}: move them to one device")
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def _pack_kernel(weight: Tensor, scale: Tensor) -> Tensor:
+    _check_pack(weight, scale)
+    return packing.pack(weight, scale)
+
+
+def _unpack_kernel(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    check_packed(packed, n, k)
+    return packing.unpack(packed, n, k)
+
+
+def _linear_packed_kernel(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    _check_linear_packed(x, packed, n, bias)
+    return reference.linear(x, *packing.unpack(packed, n, x.shape[-1]), bias)
+
+
+def _linear_packed_cuda(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    _check_linear_packed(x, packed, n, bias)
+    kernels = ops._gpu()
+    if kernels is None:
+        return reference.linear(x, *packing.unpack(packed, n, x.shape[-1]), bias)
+    return kernels.linear_packed(x, packed, n, bias)
+
+
+_library.impl("pack", _pack_kernel, "CompositeExplicitAutograd")
+_library.impl("unpack", _unpack_kernel, "CompositeExplicitAutograd")
+_library.impl("linear_packed", _linear_packed_kernel, "CompositeExplicitAutograd")
+_library.impl("linear_packed", _linear_packed_cuda, "CUDA")
+
+
+# --- fakes ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("mxfp8::pack", lib=_library)
+def _pack_fake(weight: Tensor, scale: Tensor) -> Tensor:
+    _check_pack(weight, scale)
+    return weight.new_empty(packed_shape(*weight.shape), dtype=PACKED_DTYPE)
+
+
+@torch.library.register_fake("mxfp8::unpack", lib=_library)
+def _unpack_fake(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    check_packed(packed, n, k)
+    scale = packed.new_empty((n, k // BLOCK_SIZE), dtype=SCALE_DTYPE)
+    return packed.new_empty((n, k), dtype=ELEMENT_DTYPE), scale
+
+
+@torch.library.register_fake("mxfp8::linear_packed", lib=_library)
+def _linear_packed_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    _check_linear_packed(x, packed, n, bias)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+# --- autograd, autocast: what needs derivatives goes through the canonical weight -------------------------------------
+
+
+def _pack_autograd(weight: Tensor, scale: Tensor) -> Tensor:
+    ops._check_frozen(weight)
+    with torch._C._AutoDispatchBelowAutograd():
+        return pack(weight, scale)
+
+
+def _unpack_autograd(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return unpack(packed, n, k)
+
+
+def _linear_packed_autograd(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    if ops._needs_derivative(x, bias):
+        return _linear_unpacked(x, packed, n, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear_packed(x, packed, n, bias)
+
+
+def _linear_unpacked(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    _check_linear_packed(x, packed, n, bias)
+    return ops.linear(x, *unpack(packed, n, x.shape[-1]), bias)
+
+
+def _linear_packed_autocast(device: str, key: str, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Any:
+    return ops._under_autocast(device, key, linear_packed, x, bias, lambda x, bias: (x, packed, n, bias))
+
+
+_library.impl("pack", _pack_autograd, "Autograd")
+_library.impl("unpack", _unpack_autograd, "Autograd")
+_library.impl("linear_packed", _linear_packed_autograd, "Autograd")
+_library.impl("linear_packed", _linear_unpacked, "FuncTorchDynamicLayerFrontMode")
+for _device, _key in ops.AUTOCAST_KEYS:
+    _library.impl("linear_packed", functools.partial(_linear_packed_autocast, _device, _key), _key)
