@@ -1,6 +1,6 @@
 """MXFP8 weights in PyTorch on hardware without MX units: operators, reference, modules."""
 
-from .convert import LayerSummary, dequantize_at_load_, quantize_
+from .convert import LayerSummary, dequantize_at_load_, pack_, quantize_
 from .format import BLOCK_SIZE
 from .functional import dequant, linear, linear_packed, pack, quantize, unpack
 from .nn import Mxfp8Linear
@@ -14,6 +14,7 @@ __all__ = [
     "linear",
     "linear_packed",
     "pack",
+    "pack_",
     "quantize",
     "quantize_",
     "unpack",

@@ -1,10 +1,11 @@
-"""Whole models: ``quantize_`` swaps linears for packed ones, ``dequantize_at_load_`` swaps them back."""
+"""Whole models: ``quantize_`` makes linears MXFP8, ``dequantize_at_load_`` makes them dense, ``pack_`` packs them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from . import functional, settings
 from .format import BLOCK_SIZE, COMPUTE_DTYPES, check_compute_dtype, check_rule
-from .nn import Mxfp8Linear
+from .nn import Mxfp8Linear, frozen_parameter
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -78,7 +79,7 @@ def quantize_(
         if linear in left:
             summary.append(LayerSummary(name, shape, "left", left[linear], before, before))
             continue
-        weight, scale = once.get((linear.weight,), _quantized, rule)
+        weight, scale = once.get((linear.weight,), partial(_quantized, linear.weight, rule))
         module = Mxfp8Linear.from_quantized(weight, scale, linear.bias).train(linear.training)
         summary.append(LayerSummary(name, shape, "quantized", "", before, weight.nbytes + scale.nbytes))
         _swap(places, linear, module)
@@ -110,20 +111,62 @@ def dequantize_at_load_(
     if settings.dequant_at_load(dequant_at_load) is False:
         return []
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
-    once = _OncePerKey((packed.weight, packed.weight_scale) for packed in layers)
-    biases = _OncePerKey((packed.bias,) for packed in layers if packed.bias is not None)
+    once = _OncePerKey(layer._held() for layer in layers)
+    biases = _OncePerKey((layer.bias,) for layer in layers if layer.bias is not None)
     places = _places(model)
     summary = []
     while layers:
-        packed = next(iter(layers))
-        name, shape = layers.pop(packed), tuple(packed.weight.shape)
-        before = packed.weight.nbytes + packed.weight_scale.nbytes
-        weight = once.get((packed.weight, packed.weight_scale), _dequantized, dtype)
-        bias = None if packed.bias is None else biases.get((packed.bias,), _cast_bias, dtype)
+        layer = next(iter(layers))
+        name, shape = layers.pop(layer), (layer.out_features, layer.in_features)
+        before = sum(tensor.nbytes for tensor in layer._held())
+        weight = once.get(layer._held(), partial(_dequantized, layer, dtype))
+        bias = None if layer.bias is None else biases.get((layer.bias,), partial(_cast_bias, layer.bias, dtype))
         summary.append(LayerSummary(name, shape, "dequantized", "", before, weight.nbytes))
-        _swap(places, packed, _dense_linear(packed, weight, bias))
-        del packed  # its bytes go before the next layer is made
+        _swap(places, layer, _dense_linear(layer, weight, bias))
+        del layer  # its bytes go before the next layer is made
     return summary
+
+
+def pack_(model: nn.Module) -> int:
+    """Packs every ``Mxfp8Linear`` of ``model`` for GPUs, in place: see ``Mxfp8Linear.pack_``. One weight at a time, so
+    memory exceeds that of the packed model by one layer at most.
+
+    Layers that share a weight go on sharing it, if their scales are equal. Layers that are packed already and
+    subclasses of ``Mxfp8Linear`` stay as they are.
+
+    Args:
+        model: any module, also a bare ``Mxfp8Linear``.
+
+    Returns:
+        How many layers were packed by this call.
+
+    Raises:
+        TypeError, ValueError: a weight is not MXFP8 any more, wants a gradient or was released. Other layers may be
+        packed already.
+    """
+    sharing: dict[Tensor, list[Mxfp8Linear]] = {}
+    for module in model.modules():
+        if type(module) is Mxfp8Linear:
+            sharing.setdefault(module.weight, []).append(module)
+    count = sum(map(len, sharing.values()))
+    while sharing:
+        _pack_sharing(sharing.popitem()[1])  # no name holds the weight: its bytes go before the next one is packed
+    return count
+
+
+def _pack_sharing(layers: list[Mxfp8Linear]) -> None:
+    """Packs layers that have one weight: once, unless their scales differ."""
+    while layers:
+        scale = layers[0].weight_scale  # moving a module makes a scale of its own for each layer
+        same = [
+            layer
+            for layer in layers
+            if layer.weight_scale is scale or (not scale.is_meta and torch.equal(layer.weight_scale, scale))
+        ]
+        packed = frozen_parameter(functional.pack(*layers[0].quantized()))
+        for layer in same:
+            layer._hold_packed(packed)
+        layers = [layer for layer in layers if layer not in same]
 
 
 def dequant_bounded(weight: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -156,9 +199,9 @@ class _OncePerKey:
         self.uses = Counter(keys)
         self.made: dict[tuple[Tensor, ...], Any] = {}
 
-    def get(self, key: tuple[Tensor, ...], make: Callable[..., Any], *args: Any) -> Any:
+    def get(self, key: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         if key not in self.made:
-            self.made[key] = make(*key, *args)
+            self.made[key] = make()
         made = self.made[key]
         self.uses[key] -= 1
         if not self.uses[key]:
@@ -167,24 +210,24 @@ class _OncePerKey:
 
 
 def _quantized(weight: Tensor, rule: str) -> tuple[nn.Parameter, Tensor]:
-    packed, scale = functional.quantize(weight.detach(), rule)
-    return nn.Parameter(packed, requires_grad=False), scale
+    elements, scale = functional.quantize(weight.detach(), rule)
+    return frozen_parameter(elements), scale
 
 
-def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(dequant_bounded(weight, scale, dtype), requires_grad=False)
+def _dequantized(layer: Mxfp8Linear, dtype: torch.dtype) -> nn.Parameter:
+    return frozen_parameter(dequant_bounded(*layer.quantized(), dtype))
 
 
 def _cast_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return bias if bias.dtype == dtype else nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
 
 
-def _dense_linear(packed: Mxfp8Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+def _dense_linear(layer: Mxfp8Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = weight
     if bias is not None:
         linear.bias = bias
-    return linear.train(packed.training)
+    return linear.train(layer.training)
 
 
 def _shape_and_bytes(linear: nn.Linear) -> tuple[tuple[int, ...], int]:

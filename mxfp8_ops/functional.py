@@ -78,7 +78,7 @@ def pack(weight: Tensor, scale: Tensor) -> Tensor:
     """The weight of a linear in the order in which the tensor cores of GPUs take it, for ``linear_packed``.
 
     A bijection: no bit is lost, see ``unpack``. One int32 tensor, of as many bytes as weight and scale together where
-    N is a multiple of 64 and K of 128, plus 128. Not differentiable.
+    N and K are multiples of 128, plus 128. Not differentiable.
 
     Args:
         weight: ``[N, K]`` float8_e4m3fn.

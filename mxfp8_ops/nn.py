@@ -1,20 +1,19 @@
-"""``Mxfp8Linear``: a linear layer whose weight stays packed, one byte an element."""
+"""``Mxfp8Linear``: a linear layer whose weight stays MXFP8, one byte an element; packed for GPUs on request."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import functional
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_pair, scale_bytes
+from .packing import PACKED_DTYPE
+from .pickling import PickledPacked, PickledWeight
 
-_PACKED_DTYPES = (ELEMENT_DTYPE, SCALE_DTYPE)
+_DTYPES_OF_BYTES = (ELEMENT_DTYPE, SCALE_DTYPE, PACKED_DTYPE)
 
 
 class Mxfp8Linear(nn.Module):
@@ -97,6 +96,44 @@ class Mxfp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.weight_scale, self.bias)
 
+    def pack_(self) -> Mxfp8Linear:
+        """Brings the weight into the order in which GPUs read it fastest (see ``mxfp8_ops.pack``), in place: weight
+        and scale are freed. Layers that share a weight get a copy each; ``mxfp8_ops.pack_(model)`` keeps it shared.
+
+        The layer computes the same linear. Its state_dict stays canonical: ``weight`` and ``weight_scale``, bit for
+        bit, to save and to load, and what is loaded is packed. Its class is ``PackedMxfp8Linear`` until ``unpack_``.
+
+        Returns:
+            The layer itself; one that is packed already stays as it is.
+
+        Raises:
+            TypeError: a subclass, whose methods may want the canonical weight. ValueError: the weight wants a gradient
+            or was released. The layer is left untouched.
+        """
+        if type(self) is not Mxfp8Linear:
+            raise TypeError(f"{type(self).__name__} is a subclass of Mxfp8Linear and cannot be packed in place")
+        self._hold_packed(frozen_parameter(functional.pack(self.weight, self.weight_scale)))
+        return self
+
+    def unpack_(self) -> Mxfp8Linear:
+        """Undoes ``pack_``, in place and bit for bit. A layer that is not packed stays as it is."""
+        return self
+
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        """``weight [N, K]`` and ``weight_scale [N, K/32]``: the layer's own, or copies where the layer is packed."""
+        return self.weight, self.weight_scale
+
+    def _held(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the weight now, never copies."""
+        return self.weight, self.weight_scale
+
+    def _hold_packed(self, packed: nn.Parameter) -> None:
+        # New dicts: a copy made by copy.copy may share the old ones.
+        parameters = {"weight_packed": packed, **self._parameters}
+        self._parameters = _without(parameters, "weight", "weight_scale")
+        self._buffers = _without(self._buffers, "weight_scale")
+        self.__class__ = PackedMxfp8Linear
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -105,14 +142,14 @@ class Mxfp8Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Plain pickle cannot take a float8 tensor: the weight goes as its bytes."""
-        parameters = {**self._parameters, "weight": _PickledWeight.of(self.weight)}
-        return {**self.__dict__, "_parameters": parameters}
+        return {**self.__dict__, "_parameters": {**self._parameters, "weight": PickledWeight.of(self.weight)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """``copy.copy`` hands over the state as it is, unlike pickle and ``copy.deepcopy``."""
-        weight = state["_parameters"]["weight"]
-        if isinstance(weight, _PickledWeight):
-            state["_parameters"]["weight"] = weight.weight()
+        state["_parameters"] = {
+            name: value.parameter() if isinstance(value, PickledWeight) else value
+            for name, value in state["_parameters"].items()
+        }
         super().__setstate__(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -139,39 +176,98 @@ class Mxfp8Linear(nn.Module):
         super()._load_from_state_dict({**state_dict, **packed}, prefix, *args)
 
 
-class _PickledWeight:
-    """Stands for a Parameter in a module's state. One for each Parameter, so that pickle's memo keeps a weight
-    shared that several layers share.
+class PackedMxfp8Linear(Mxfp8Linear):
+    """What an ``Mxfp8Linear`` is between ``pack_`` and ``unpack_``; not to be made otherwise.
+
+    Attributes:
+        weight_packed: Parameter, int32, frozen: the weight as ``mxfp8_ops.pack`` makes it. The only tensor beside
+            the bias, so ``parameters()`` has it instead of ``weight``; the state_dict has not.
+        weight: an unpacked copy ``[N, K]``, made at every read, for code that asks for its dtype, device or values.
+            What is written into it does not reach the layer; to assign another weight is an error.
+        weight_scale: the same of the scale, ``[N, K/32]``.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = ref(weight)
+    weight_packed: nn.Parameter
 
-    @classmethod
-    def of(cls, weight: Tensor) -> object:
-        if weight.dtype != ELEMENT_DTYPE:
-            return weight
-        return _pickled.setdefault(weight, cls(weight))
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.quantized()[0]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.weight(), memo)
+    @property
+    def weight_scale(self) -> Tensor:  # type: ignore[override]
+        return self.quantized()[1]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        weight = self.weight()
-        assert weight is not None  # the module that is being pickled holds it
-        return _unpickle_weight, (weight.detach().view(torch.uint8),)
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        return functional.unpack(self.weight_packed.detach(), self.out_features, self.in_features)
+
+    def _held(self) -> tuple[Tensor, ...]:
+        return (self.weight_packed,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear_packed(x, self.weight_packed, self.out_features, self.bias)
+
+    def pack_(self) -> Mxfp8Linear:
+        return self
+
+    def unpack_(self) -> Mxfp8Linear:
+        weight, scale = self.quantized()
+        self._parameters = _without({"weight": frozen_parameter(weight), **self._parameters}, "weight_packed")
+        self._buffers = {"weight_scale": scale, **self._buffers}
+        self.__class__ = Mxfp8Linear  # type: ignore[assignment]
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "weight_scale"):
+            raise AttributeError(f"{name} of a packed Mxfp8Linear cannot be replaced: call unpack_() first")
+        super().__setattr__(name, value)
+
+    def _get_name(self) -> str:
+        return "Mxfp8Linear"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, packed=True"
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = PickledPacked.of_layer(self.weight_packed, self.out_features, self.in_features)
+        return {**self.__dict__, "_parameters": {**self._parameters, "weight_packed": packed}}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight, scale = self.quantized()
+        destination[prefix + "weight"] = frozen_parameter(weight) if keep_vars else weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "weight_packed"]
+        destination[prefix + "weight_scale"] = scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads as the unpacked layer does, then packs: in place, so that layers still share the weight and compiled
+        graphs see the new one, or as a new Parameter under ``assign``.
+        """
+        packed, local_metadata = self.weight_packed, args[0]
+        self.unpack_()
+        try:
+            self._load_from_state_dict(state_dict, prefix, *args)  # now that of Mxfp8Linear
+        finally:
+            loaded = functional.pack(self.weight, self.weight_scale)
+            if local_metadata.get("assign_to_params_buffers", False):
+                packed = frozen_parameter(loaded)
+            else:
+                with torch.no_grad():
+                    packed.copy_(loaded)
+            self._hold_packed(packed)
 
 
-_pickled = WeakIdKeyDictionary()
+def frozen_parameter(tensor: Tensor) -> nn.Parameter:
+    """``tensor`` as a Parameter without a gradient."""
+    return nn.Parameter(tensor, requires_grad=False)
 
 
-def _unpickle_weight(data: Tensor) -> nn.Parameter:
-    return nn.Parameter(data.view(ELEMENT_DTYPE), requires_grad=False)
+def _without(tensors: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def _apply_to_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """``fn`` on the bytes of a packed tensor: a move is kept, a conversion to another dtype undone."""
-    if tensor.dtype not in _PACKED_DTYPES:
+    if tensor.dtype not in _DTYPES_OF_BYTES:
         return fn(tensor)
     data = tensor.view(torch.uint8)
     moved = fn(data)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, packing, reference
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_compute_dtype, check_pair
@@ -106,7 +107,7 @@ def _linear_packed_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) 
     return x.new_empty((*x.shape[:-1], n))
 
 
-# --- autograd, autocast: what needs derivatives goes through the canonical weight -------------------------------------
+# --- autograd, autocast; other transforms go through the canonical weight ---------------------------------------------
 
 
 def _pack_autograd(weight: Tensor, scale: Tensor) -> Tensor:
@@ -120,9 +121,32 @@ def _unpack_autograd(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
         return unpack(packed, n, k)
 
 
+class _LinearPacked(torch.autograd.Function):
+    """Keeps the packed weight until the backward pass, not an unpacked copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.shape = n, x.shape[-1]
+        with torch._C._AutoDispatchBelowAutograd():
+            return linear_packed(x, packed, n, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ops.dequant(*unpack(*ctx.saved_tensors, *ctx.shape), grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias
+
+
 def _linear_packed_autograd(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
-    if ops._needs_derivative(x, bias):
+    if forward_ad._current_level >= 0:
         return _linear_unpacked(x, packed, n, bias)
+    if ops._needs_derivative(x, bias):
+        _check_linear_packed(x, packed, n, bias)
+        return _LinearPacked.apply(x, packed, n, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return linear_packed(x, packed, n, bias)
 

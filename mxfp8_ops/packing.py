@@ -1,12 +1,16 @@
 """The packed layout of a weight: its bytes and scales in the order in which tensor cores take them.
 
-One int32 tensor ``[64 * blocks + 2 * blocks + 1, 32]``. The weight is cut into blocks of 64 rows by 128 elements of K
-(padded with zeros under scale 127), and the 66 rows of a block follow each other:
+One int32 tensor ``[132 * blocks + 1, 32]``. The weight is cut into blocks of 128 rows by 128 elements of K (padded
+with zeros under scale 127), all blocks of the first 128 rows before those of the next. The 132 rows of a block follow
+each other:
 
-- 64 rows of elements. A word holds four: of two rows r and r + 8, at two neighbouring elements of K, which is what a
-  lane of a warp contributes to one matrix instruction. The four words that a lane needs for 16 rows by 32 elements are
-  neighbours, so it reads 16 bytes at once. The two rows are interleaved bit by bit (see ``_interleave``).
-- 2 rows of scales: a word for each row of the weight, with the four bytes of its 128 elements.
+- 128 rows of elements. A word holds four: of two rows r and r + 8, at two neighbouring elements of K (the second in
+  the upper half), which is what a lane of a warp contributes to one matrix instruction. The four words that a lane
+  needs for 16 rows by 32 elements are neighbours, so it reads 16 bytes at once. The two rows are interleaved bit by
+  bit (see ``_interleave``). From the slowest to the fastest, the bits of a word's place are k6, r6, k5, r5 r4,
+  r2 r1 r0, k2 k1, k4, k3: a quarter is 64 rows by 64 elements.
+- 4 rows of scales: a word for each row of the weight with the four bytes of its 128 elements, the bits of its place
+  r6, r5 r4, r2 r1 r0, r3.
 
 One more row ends the tensor. Its first word tells whether some code needs exact (slower) decoding in bfloat16, its
 second word whether in float16 (see ``_needs_exact``). Nothing else is added and nothing lost: ``unpack`` gives back
@@ -20,12 +24,12 @@ from torch import Tensor
 
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_BIAS, SCALE_DTYPE
 
-ROWS = 64
+ROWS = 128
 """Rows of the weight in a block."""
 COLUMNS = 128
 """Elements of K in a block."""
-BLOCK_ROWS = 66
-"""Rows of the packed tensor in a block: 64 of elements, 2 of scales."""
+BLOCK_ROWS = 132
+"""Rows of the packed tensor in a block: 128 of elements, 4 of scales."""
 WORDS = 32
 """Words in a row of the packed tensor."""
 
@@ -93,20 +97,20 @@ def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     return weight.view(ELEMENT_DTYPE), scale
 
 
-# --- elements: row = (block, r5 r4, r3, r2 r1 r0), element = (block, half, group, k4, k3, k2 k1, k0) ----------------
+# --- elements: row = (block, r6, r54, r3, r210), element = (block, k6, k5, k4, k3, k21, k0) --------------------------
 
 
 def _pack_elements(elements: Tensor, down: int, across: int) -> Tensor:
-    bits = elements.view(down, 4, 2, 8, across, 2, 2, 2, 2, 4, 2).to(torch.int32)
-    halves = _interleave(bits[:, :, 0], bits[:, :, 1])  # block, r54, r210, block, half, group, k4, k3, k21, k0
+    bits = elements.view(down, 2, 4, 2, 8, across, 2, 2, 2, 2, 4, 2).to(torch.int32)
+    halves = _interleave(bits[:, :, :, 0], bits[:, :, :, 1])  # block, r6, r54, r210, block, k6, k5, k4, k3, k21, k0
     words = halves[..., 0] | (halves[..., 1] << 16)
-    return words.permute(0, 3, 4, 5, 1, 2, 8, 6, 7).reshape(down, across, ROWS, WORDS)
+    return words.permute(0, 4, 5, 1, 6, 2, 3, 9, 7, 8).reshape(down, across, ROWS, WORDS)
 
 
 def _unpack_elements(words: Tensor) -> Tensor:
     down, across = words.shape[:2]
-    words = words.reshape(down, across, 2, 2, 4, 8, 4, 2, 2).permute(0, 4, 5, 1, 2, 3, 7, 8, 6)
-    rows = [torch.stack(_separate(half), 2) for half in (words & 0xFFFF, (words >> 16) & 0xFFFF)]
+    words = words.reshape(down, across, 2, 2, 2, 4, 8, 4, 2, 2).permute(0, 3, 5, 6, 1, 2, 4, 8, 9, 7)
+    rows = [torch.stack(_separate(half), 3) for half in (words & 0xFFFF, (words >> 16) & 0xFFFF)]
     return torch.stack(rows, -1).reshape(down * ROWS, across * COLUMNS).to(torch.uint8)
 
 
@@ -128,14 +132,14 @@ def _separate(half: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_scales(scales: Tensor, down: int, across: int) -> Tensor:
-    bytes_ = scales.view(down, 4, 2, 8, across, 4).permute(0, 4, 1, 3, 2, 5).contiguous()
+    bytes_ = scales.view(down, 2, 4, 2, 8, across, 4).permute(0, 5, 1, 2, 4, 3, 6).contiguous()
     return bytes_.view(PACKED_DTYPE).view(down, across, BLOCK_ROWS - ROWS, WORDS)
 
 
 def _unpack_scales(words: Tensor) -> Tensor:
     down, across = words.shape[:2]
-    bytes_ = words.contiguous().view(torch.uint8).view(down, across, 4, 8, 2, 4)
-    return bytes_.permute(0, 2, 4, 3, 1, 5).reshape(down * ROWS, across * COLUMNS // BLOCK_SIZE)
+    bytes_ = words.contiguous().view(torch.uint8).view(down, across, 2, 4, 8, 2, 4)
+    return bytes_.permute(0, 2, 3, 5, 4, 1, 6).reshape(down * ROWS, across * COLUMNS // BLOCK_SIZE)
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import os
 import torch
 
 from . import environment
-from .environment import DEQUANT_AT_LOAD, KERNELS, PASSES
+from .environment import AUTOTUNE, CACHE_DIR, DEQUANT_AT_LOAD, KERNELS, PASSES
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -55,6 +55,20 @@ def kernels() -> bool:
         ValueError: it is set to a word that is neither on nor off.
     """
     return _switch(KERNELS) is not False
+
+
+def autotune() -> bool:
+    """Whether kernels' configurations are measured: only while ``MXFP8_AUTOTUNE`` is on.
+
+    Raises:
+        ValueError: it is set to a word that is neither on nor off.
+    """
+    return _switch(AUTOTUNE) is True
+
+
+def cache_dir() -> str | None:
+    """``MXFP8_CACHE_DIR``: the folder of this package's caches, None when unset or empty."""
+    return os.environ.get(CACHE_DIR) or None
 
 
 def _switch(name: str) -> bool | None:

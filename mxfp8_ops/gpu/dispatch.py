@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.errors import TritonError
 
 from . import elementwise, gemv
 
@@ -36,9 +40,69 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out.view(*x.shape[:-1], n)
 
 
+def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """``linear`` on a packed weight. Where there are no kernels for it, the weight is dequantized as a whole first:
+    for float32, and on chips that are not Hopper's.
+    """
+    k = x.shape[-1]
+    rows = x.numel() // k
+    if rows == 0:
+        return x.new_empty((*x.shape[:-1], n))
+    packed = _aligned(packed)
+    with _on(x.device):
+        kernels = _hopper_kernels(x.device) if x.dtype != torch.float32 else None
+        if kernels is not None:
+            try:
+                return kernels.linear(_aligned(x.reshape(rows, k)), packed, n, bias).view(*x.shape[:-1], n)
+            except (TritonError, RuntimeError) as error:
+                if not _is_of_compiler(error):
+                    raise
+                _do_without_hopper_kernels(error)
+        return F.linear(x, elementwise.dequant_packed(packed, n, k, x.dtype), bias).contiguous()
+
+
+_hopper = True
+
+
+def _hopper_kernels(device: torch.device) -> ModuleType | None:
+    if not _hopper or torch.version.hip is not None or _capability(device) != (9, 0):
+        return None
+    try:
+        from . import packed
+    except (ImportError, AttributeError, TypeError) as error:
+        _do_without_hopper_kernels(error)
+        return None
+    return packed
+
+
+def _do_without_hopper_kernels(error: Exception) -> None:
+    """Gluon, in which they are written, is experimental: another version of Triton may not know them."""
+    global _hopper
+    _hopper = False
+    message = str(error).splitlines()[-1] if str(error) else repr(error)
+    warnings.warn(
+        f"packed MXFP8 weights are dequantized in every call: kernels for Hopper fail ({message})", stacklevel=2
+    )
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    return isinstance(error, TritonError) or "PassManager" in str(error)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and at an address that is a multiple of 16."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _converts_e4m3(device: torch.device) -> bool:
     """Whether the hardware, and so Triton, knows the type: NVIDIA from sm_89 on."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.version.hip is None and _capability(device) >= (8, 9)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

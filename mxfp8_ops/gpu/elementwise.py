@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
+from ..packing import COLUMNS
 from .codes import element_to_float32, float32_to_element, scale_to_float32
 
 _BLOCKS = 128  # blocks of 32 a program
@@ -26,6 +27,14 @@ def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     _dequant_kernel[(triton.cdiv(blocks, _BLOCKS),)](
         codes, scale.contiguous(), out, blocks, BLOCK=BLOCK_SIZE, BLOCKS=_BLOCKS, num_warps=_WARPS
     )
+    return out
+
+
+def dequant_packed(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """``dequant(*unpack(packed, n, k), dtype)`` in one pass, for a packed tensor that is contiguous."""
+    out = torch.empty(n, k, dtype=dtype, device=packed.device)
+    across = triton.cdiv(k, COLUMNS)
+    _dequant_packed_kernel[(triton.cdiv(n, 16), across)](packed, out, n, k, num_warps=_WARPS)
     return out
 
 
@@ -55,6 +64,37 @@ def _dequant_kernel(codes, scales, out, blocks, BLOCK: tl.constexpr, BLOCKS: tl.
     value = element_to_float32(tl.load(codes + element, mask=mask))
     value = value * scale_to_float32(tl.load(scales + block, mask=mask))
     tl.store(out + element, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dequant_packed_kernel(packed, out, N, K):
+    """16 rows of a block of 128 by 128: see ``mxfp8_ops.packing`` for where their words lie."""
+    block = packed + (tl.program_id(0) // 8 * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (132 * 32)
+    tile = tl.program_id(0) % 8  # r6, r5, r4
+    row = tl.arange(0, 8)[:, None]
+    pair = tl.arange(0, 64)[None, :]  # of elements: k6, k5, k4, k3, k2 k1
+    place = tile // 4 * 1024 + tile % 4 * 128 + row * 16
+    place += pair // 32 * 2048 + pair // 16 % 2 * 512 + pair // 8 % 2 * 2 + pair // 4 % 2 + pair % 4 * 4
+    word = tl.load(block + place)
+    scales = block + 4096 + tile * 16 + row * 2
+    group = pair // 16 * 8
+    for other in tl.static_range(2):  # rows r and r + 8
+        scale = scale_to_float32((tl.load(scales + other) >> group) & 0xFF)
+        first = element_to_float32(_code_of_row(word, other)) * scale
+        second = element_to_float32(_code_of_row(word >> 16, other)) * scale
+        n = tl.program_id(0) * 16 + other * 8 + row
+        k = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
+        value = tl.reshape(tl.join(first, second), (8, 128))
+        tl.store(out + n.to(tl.int64) * K + k, value.to(out.dtype.element_ty), mask=(n < N) & (k < K))
+
+
+@triton.jit
+def _code_of_row(half, other: tl.constexpr):
+    """Row r's code, or row r + 8's, of the two that are interleaved in 16 bits."""
+    if other:
+        return ((half >> 4) & 0x80) | ((half >> 8) & 0x70) | (half & 0x0F)
+    else:
+        return ((half >> 8) & 0x80) | ((half >> 4) & 0x7F)
 
 
 @triton.jit

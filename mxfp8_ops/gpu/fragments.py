@@ -1,0 +1,170 @@
+"""From the words of a packed weight in shared memory to registers, as Hopper's matrix instruction takes its operand A.
+
+A tile is 64 or 128 rows of the weight by 64 elements of K (see ``mxfp8_ops.packing`` for the order of its words). The
+layouts make every step but the arithmetic free: a lane reads its words 16 bytes at a time without bank conflicts, and
+what it has decoded is already what the instruction wants from this lane, in this register.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Words of a tile as a tensor [r65 4 or r654, r210, k5, k4, k3, k21], scales as [r654, r210, r3].
+_WORD_PLACE = ("k3", "k4", "k1", "k2", "r0", "r1", "r2", "r4", "r5", "k5", "r6")
+_SCALE_PLACE = ("r3", "r0", "r1", "r2", "r4", "r5", "r6")
+
+
+def _words_layout(rows: int) -> gl.SharedLinearLayout:
+    """Where TMA has put the words: in their order, but 16-byte chunks swizzled within each 1024 bytes."""
+    axis = {"r4": (0, 1), "r5": (0, 2), "r6": (0, 4), "r0": (1, 1), "r1": (1, 2), "r2": (1, 4), "k5": (2, 1)}
+    axis |= {"k4": (3, 1), "k3": (4, 1), "k1": (5, 1), "k2": (5, 2)}
+    bases = [[step if dim == i else 0 for i in range(6)] for dim, step in (axis[bit] for bit in _WORD_PLACE)]
+    for row_bit, chunk_bit in ((5, 2), (6, 3), (7, 4)):  # the chunk's number is xored with the row's number modulo 8
+        bases[row_bit] = [a + b for a, b in zip(bases[row_bit], _word_basis(axis, chunk_bit), strict=True)]
+    return gl.SharedLinearLayout(bases[: 10 + (rows == 128)], [], 1024)
+
+
+def _word_basis(axis: dict[str, tuple[int, int]], bit: int) -> list[int]:
+    dim, step = axis[_WORD_PLACE[bit]]
+    return [step if dim == i else 0 for i in range(6)]
+
+
+def _scales_layout(rows: int) -> gl.SharedLinearLayout:
+    axis = {"r3": (2, 1), "r0": (1, 1), "r1": (1, 2), "r2": (1, 4), "r4": (0, 1), "r5": (0, 2), "r6": (0, 4)}
+    bases = [[step if dim == i else 0 for i in range(3)] for dim, step in (axis[bit] for bit in _SCALE_PLACE)]
+    return gl.SharedLinearLayout(bases[: 6 + (rows == 128)], [], 128)
+
+
+_WORDS_64 = gl.constexpr(_words_layout(64))
+_WORDS_128 = gl.constexpr(_words_layout(128))
+_SCALES_64 = gl.constexpr(_scales_layout(64))
+_SCALES_128 = gl.constexpr(_scales_layout(128))
+
+# Masks for both halves of a word, as the int32 that Triton takes.
+_IN_PLACE = gl.constexpr(0x87F087F0 - 2**32)
+_MOVED_UP = gl.constexpr(0x80F080F0 - 2**32)
+_MOVED_DOWN = gl.constexpr(0x07000700)
+_SIGNS = gl.constexpr(0x80008000 - 2**32)
+_MAGNITUDES = gl.constexpr(0x07F007F0)
+_UPPER = gl.constexpr(0xFFFF0000 - 2**32)
+
+_MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+_MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+_ROUND_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+_ROUND_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+_SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@gluon.jit
+def weight_fragment(
+    words, scales, HALF: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr
+):
+    """Operand A ``[ROWS, 64]`` in DTYPE: the half (0 or 1) of a block's elements whose ``words`` these are, times the
+    block's ``scales``. Both in shared memory.
+    """
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    WORD: gl.constexpr = _any_words(ROWS, OPERAND).type.layout
+    word = words._reinterpret(gl.int32, [ROWS // 16, 8, 2, 2, 2, 4], _WORDS_64 if ROWS == 64 else _WORDS_128).load(WORD)
+    one, other = _scale_words(scales, ROWS, WORD)
+    scale_one = _scale_operand(one, HALF, word, WORD, DTYPE, EXACT)
+    scale_other = _scale_operand(other, HALF, word, WORD, DTYPE, EXACT)
+    pair_one, pair_other = separate(word)
+    pair_one = scaled(pair_one, scale_one, DTYPE, EXACT)
+    pair_other = scaled(pair_other, scale_other, DTYPE, EXACT)
+    return _operand(pair_one, pair_other, ROWS, OPERAND, DTYPE)
+
+
+@gluon.jit
+def _any_words(ROWS: gl.constexpr, OPERAND: gl.constexpr):
+    """Some words in the layout that makes decoded elements lie as OPERAND wants them."""
+    tile = gl.full([ROWS, 64], 0, gl.int8, OPERAND)
+    bits = gl.reshape(tile, [ROWS // 16, 2, 8, 2, 2, 2, 4, 2])  # r654, r3, r210, k5, k4, k3, k21, k0
+    rows, _ = gl.split(gl.permute(bits, (0, 2, 3, 4, 5, 6, 1, 7)))
+    word, _ = gl.split(rows)
+    return word
+
+
+@gluon.jit
+def _scale_words(scales, ROWS: gl.constexpr, WORD: gl.constexpr):
+    """The words of scales ``[r654, r210]`` of the rows r and r + 8 that a lane's words hold."""
+    ROW: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, WORD))))
+    row = gl.full([ROWS // 16, 8], 0, gl.int32, ROW)
+    BOTH: gl.constexpr = gl.join(row, row).type.layout
+    return gl.split(
+        scales._reinterpret(gl.int32, [ROWS // 16, 8, 2], _SCALES_64 if ROWS == 64 else _SCALES_128).load(BOTH)
+    )
+
+
+@gluon.jit
+def _scale_operand(scales, HALF: gl.constexpr, word, WORD: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """What the elements of each word are multiplied by: the scale of its group of 32."""
+    GROUP: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, WORD)))
+    first = group_scale(scales, 2 * HALF, DTYPE, EXACT)
+    second = group_scale(scales, 2 * HALF + 1, DTYPE, EXACT)
+    groups = gl.convert_layout(gl.join(first, second), GROUP, assert_trivial=True)
+    groups = gl.expand_dims(gl.expand_dims(gl.expand_dims(groups, 3), 4), 5)
+    groups, _ = gl.broadcast(groups, word)
+    return groups
+
+
+@gluon.jit
+def group_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """One of the four scales in a word, in the form that ``scaled`` takes: a float32 if EXACT, else 2**120 (bfloat16)
+    or 2**8 (float16) times the scale, in both halves of a word.
+    """
+    if EXACT:
+        code = (scales >> (8 * GROUP)) & 0xFF
+        bits = gl.where(code == 255, 0x7FC00000, gl.where(code == 0, 0x00400000, code << 23))
+        return bits.to(gl.float32, bitcast=True)
+    elif gl.bfloat16 == DTYPE:
+        scales += 0x78787878  # 120 to each of the four: none is above 134
+        return ((scales >> (8 * GROUP)) & 0xFF) * 0x00800080
+    else:
+        code = (scales >> (8 * GROUP)) & 0xFF
+        power = ((code + 8) << 23).to(gl.float32, bitcast=True)
+        return gl.inline_asm_elementwise(_ROUND_FLOAT16, "=r,f,f", [power, power], gl.int32, True, 1)
+
+
+@gluon.jit
+def separate(word):
+    """The elements of row r and of row r + 8: each two bfloat16 of 2**-120 times their values, in a word.
+
+    Bits 15 and 10..4 of each half word are row r's sign, exponent and mantissa, in place for a bfloat16 already.
+    """
+    one = word & _IN_PLACE
+    other = ((word << 4) & _MOVED_UP) | ((word >> 4) & _MOVED_DOWN)
+    return one, other
+
+
+@gluon.jit
+def scaled(pair, scale, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """Two elements times their scale, rounded to DTYPE once, in a word."""
+    if EXACT:
+        low = _exact(pair << 16, scale)
+        high = _exact(pair & _UPPER, scale)
+        ROUND: gl.constexpr = _ROUND_BFLOAT16 if gl.bfloat16 == DTYPE else _ROUND_FLOAT16
+        return gl.inline_asm_elementwise(ROUND, "=r,f,f", [low, high], gl.int32, True, 1)
+    elif gl.bfloat16 == DTYPE:
+        return gl.inline_asm_elementwise(_MULTIPLY_BFLOAT16, "=r,r,r", [pair, scale], gl.int32, True, 1)
+    else:  # exponent and mantissa move up by 3 to their place in a float16, of 2**-8 times the value
+        pair = (pair & _SIGNS) | ((pair & _MAGNITUDES) << 3)
+        return gl.inline_asm_elementwise(_MULTIPLY_FLOAT16, "=r,r,r", [pair, scale], gl.int32, True, 1)
+
+
+@gluon.jit
+def _exact(bits, scale):
+    """An element times its scale in float32, from the upper half of a word: exact, NaN for the NaN code."""
+    value = bits.to(gl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+    value = gl.where((bits & 0x7FFF0000) == 0x07F00000, float("nan"), value)
+    return value * scale
+
+
+@gluon.jit
+def _operand(one, other, ROWS: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr):
+    """Pairs of rows r and r + 8 as the tile ``[ROWS, 64]``. Names registers: moves nothing."""
+    one_0, one_1 = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [one], (gl.int16, gl.int16), True, 1)
+    other_0, other_1 = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [other], (gl.int16, gl.int16), True, 1)
+    bits = gl.join(gl.join(one_0, other_0), gl.join(one_1, other_1))  # r654, r210, k5, k4, k3, k21, r3, k0
+    tile = gl.reshape(gl.permute(bits, (0, 6, 1, 2, 3, 4, 5, 7)), [ROWS, 64])
+    return gl.convert_layout(tile.to(DTYPE, bitcast=True), OPERAND, assert_trivial=True)

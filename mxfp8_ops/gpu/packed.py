@@ -1,0 +1,122 @@
+"""Launches the kernels on packed weights, for Hopper chips. Arguments are checked already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from . import direct, skinny, tiles, tune, wide
+from .launch import box, launch
+from .plans import Direct, Plan, Skinny, Wide, candidates, plan
+
+_X = gl.NVMMASharedLayout(128, 16, 2)
+_ELEMENTS = gl.NVMMASharedLayout(128, 32, 2)
+_SCALES = gl.NVMMASharedLayout(0, 32, 2)
+_COLUMNS = 16  # of a tile that a program of `add_parts` adds up
+
+
+def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """``x [M, K]`` bfloat16 or float16, contiguous and at an address that is a multiple of 16, with M > 0; gives
+    ``[M, n]``.
+    """
+    m, k = x.shape
+    processors = _processors(x.device)
+    chosen = plan(m, n, k, processors)
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+
+    def run(chosen: Plan) -> None:
+        if isinstance(chosen, Direct):
+            _direct(chosen, x, packed, bias, out)
+        elif isinstance(chosen, Skinny):
+            _skinny(chosen, x, packed, bias, out)
+        else:
+            _wide(chosen, x, packed, bias, out)
+
+    bucket = max(8, 1 << (m - 1).bit_length())
+    chosen = tune.best("packed", (bucket, n, k, x.dtype), candidates(m, n, k, processors), chosen, run)
+    run(chosen)
+    return out
+
+
+def _direct(chosen: Direct, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    (m, k), n = x.shape, out.shape[1]
+    launch(
+        direct.kernel,
+        (-(-n // 16),),
+        (x.view(torch.int32), packed, _exact(packed, x.dtype), x if bias is None else bias, out, m, n, k),
+        (chosen.rows, chosen.warps, bias is not None),
+        num_warps=chosen.warps,
+        maxnreg=chosen.registers,
+    )
+
+
+def _skinny(chosen: Skinny, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    split = -(-out.shape[1] // (64 * chosen.across)) * -(-x.shape[0] // chosen.rows) if chosen.parts > 1 else 0
+    constants = (chosen.rows, chosen.across, chosen.along, chosen.stages, chosen.consumer_registers)
+    _tiled(skinny.kernel, chosen, 64 * chosen.across, (32, 2), split, x, packed, bias, out, constants, 4)
+
+
+def _wide(chosen: Wide, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    constants = (chosen.rows, chosen.stages)
+    _tiled(wide.kernel, chosen, 128, (64, 4), chosen.split, x, packed, bias, out, constants, 8)
+
+
+def _tiled(
+    kernel: object,
+    chosen: Skinny | Wide,
+    columns: int,
+    boxes: tuple[int, int],
+    split: int,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    constants: tuple[int, ...],
+    warps: int,
+) -> None:
+    """Launches a kernel on tiles of ``chosen.rows`` by ``columns``, the last ``split`` of them in parts."""
+    (m, k), n = x.shape, out.shape[1]
+    whole = -(-n // columns) * -(-m // chosen.rows) - split
+    programs = split * chosen.parts
+    tile = chosen.rows * columns
+    partial = torch.empty(programs * tile, dtype=torch.float32, device=x.device) if programs else out
+    offset = x if bias is None else bias
+    rows = packed.shape[0]
+    launch(
+        kernel,
+        (whole + programs,),
+        (
+            (x, box((chosen.rows, 64), _X), (m, k), (k, 1)),
+            (packed, box((boxes[0], 32), _ELEMENTS), (rows, 32), (32, 1)),
+            (packed, box((boxes[1], 32), _SCALES), (rows, 32), (32, 1)),
+            _exact(packed, x.dtype),
+            offset,
+            out,
+            partial,
+            m,
+            n,
+            k,
+            whole,
+            chosen.parts,
+        ),
+        (*constants, bias is not None),
+        num_warps=warps,
+        maxnreg=chosen.registers or None,
+    )
+    if programs:
+        launch(
+            tiles.add_parts,
+            (split * (columns // _COLUMNS),),
+            (partial, offset, out, m, n, whole, chosen.parts),
+            (chosen.rows, columns, _COLUMNS, bias is not None),
+        )
+
+
+def _exact(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the packed tensor tells whether its codes need exact decoding for x's dtype."""
+    return packed[-1, 0 if dtype == torch.bfloat16 else 1 :]
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

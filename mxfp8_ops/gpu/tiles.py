@@ -1,0 +1,115 @@
+"""Which part of the result a program computes, and how it stores it: shared by the kernels on packed weights.
+
+A result ``[M, N]`` is computed in tiles. The first ``whole`` tiles are each one program's work; each of the others is
+shared by ``parts`` programs, which take turns of K each and store float32 sums that ``add_parts`` adds up, in a fixed
+order. So the last tiles, fewer than the chip has room for, keep all of it busy (split-K where ``whole`` is 0).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton before 3.7 has the other name
+
+GROUP = gl.constexpr(16)
+"""Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
+
+
+@gluon.jit
+def part_of_tile(blocks, whole, parts):
+    """This program's tile, which part of all partial sums it is (-1: none), its first step along K and their number."""
+    program = gl.program_id(0)
+    rest = program - whole
+    if rest < 0:
+        tile = program
+        part = -1
+        first = 0
+        steps = blocks
+    else:
+        tile = whole + rest // parts
+        part = rest
+        turn = rest % parts
+        first = turn * blocks // parts
+        steps = (turn + 1) * blocks // parts - first
+    return tile, part, first, steps
+
+
+@gluon.jit
+def place_of_tile(tile, M, N, BM: gl.constexpr, BN: gl.constexpr):
+    """The first row and column of a tile in the result."""
+    down = (M + BM - 1) // BM
+    across = (N + BN - 1) // BN
+    group = tile // (GROUP * across)
+    height = gl.minimum(down - group * GROUP, GROUP)
+    within = tile - group * (GROUP * across)
+    return (group * GROUP + within % height) * BM, within // height * BN
+
+
+@gluon.jit
+def store_part(total, partial):
+    """A float32 tile ``[BN, BM]`` as it is."""
+    LAYOUT: gl.constexpr = total.type.layout
+    n = gl.arange(0, total.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
+    m = gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(partial + n * total.shape[1] + m, total)
+
+
+@gluon.jit
+def store_tile(total, bias, out, M, N, row, column, HAS_BIAS: gl.constexpr):
+    """A float32 tile ``[BN, BM]`` plus bias, rounded and transposed, to its place in ``out [M, N]``."""
+    BN: gl.constexpr = total.shape[0]
+    BM: gl.constexpr = total.shape[1]
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    LAYOUT: gl.constexpr = total.type.layout
+    if HAS_BIAS:
+        n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
+        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
+    if BM >= 32:  # through shared memory, to store 16 bytes a lane
+        WARPS: gl.constexpr = BN // 16
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
+        tile = gl.convert_layout(gl.permute(total.to(DTYPE), (1, 0)), ROWS)
+        m = row + gl.arange(0, BM, gl.SliceLayout(1, ROWS))[:, None]
+        n = column + gl.arange(0, BN, gl.SliceLayout(0, ROWS))[None, :]
+        gl.store(out + m.to(gl.int64) * N + n, tile, mask=(m < M) & (n < N))
+    else:
+        m = row + gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :]
+        n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))[:, None]
+        gl.store(out + m.to(gl.int64) * N + n, total.to(DTYPE), mask=(m < M) & (n < N))
+
+
+@triton.jit(do_not_specialize=["M", "whole", "parts"])
+def add_parts(
+    partial,
+    bias,
+    out,
+    M,
+    N,
+    whole,
+    parts,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Adds up the parts of STEP columns of a tile, ``partial [tile, part, BN, BM]``, and stores them in ``out``."""
+    tile = tl.program_id(0) // (BN // STEP)
+    down = tl.cdiv(M, BM)
+    across = tl.cdiv(N, BN)
+    group = (whole + tile) // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    within = whole + tile - group * (GROUP * across)
+    n = tl.program_id(0) % (BN // STEP) * STEP + tl.arange(0, STEP)[:, None]
+    m = tl.arange(0, BM)[None, :]
+    place = partial + tile.to(tl.int64) * parts * (BN * BM) + n * BM + m
+    total = tl.zeros((STEP, BM), tl.float32)
+    for part in range(parts):
+        total += tl.load(place + part * (BN * BM))
+    row = (group * GROUP + within % height) * BM + tl.trans(m)
+    column = within // height * BN + tl.trans(n)
+    total = tl.trans(total)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < N, other=0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * N + column, total, mask=(row < M) & (column < N))
