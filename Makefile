@@ -9,13 +9,18 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu browser lint format clean
+.PHONY: help demo bench test test-gpu browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
 
 demo: $(STAMP) ## the main job on real weights: MiniLM in bf16, eager, compiled, folded
 	$(BIN)/python scripts/demo.py
+
+bench: $(STAMP) ## speed on a CUDA device, the quick version; skipped, with the reason, where there is none
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python scripts/bench.py --device cuda --quick; \
+	else echo "bench: skipped, there is no CUDA device"; fi
 
 test: $(STAMP) browser ## all tests, on WORKERS processes (default 2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

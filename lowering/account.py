@@ -1,11 +1,12 @@
 """The account of one graph: what became of each MXFP8 weight, and which linears are none.
 
-A weight that is not folded is "kept" where ``mxfp8::linear`` reads it. It is "unmatched" where the operator
-``mxfp8::dequant`` or other code dequantizes it in every call, and the account says why no linear was seen.
+A weight that is not folded is "kept" where ``mxfp8::linear`` or ``linear_packed`` reads it. It is "unmatched" where
+the operator ``mxfp8::dequant`` or other code dequantizes it in every call, and the account says why no linear was seen.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,12 +16,14 @@ from torch import Tensor, fx
 
 from mxfp8_ops.format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 
+from . import compat
 from .graph import (
     StaticView,
     arguments,
     called,
     cast_to,
-    is_linear,
+    is_dequant,
+    is_linear_packed,
     is_plain_linear,
     is_view,
     leaf_name,
@@ -29,7 +32,7 @@ from .graph import (
     value_of,
     view_name,
 )
-from .report import KEPT, UNMATCHED, GraphReport, Identity, PlainLinear, WeightReport
+from .report import KEPT, PENDING, UNMATCHED, GraphReport, Identity, PlainLinear, WeightReport
 from .slots import Request
 from .text import dtype_name
 
@@ -65,14 +68,18 @@ class Account:
     # --- left ---------------------------------------------------------------------------------------------
 
     def left(self, node: fx.Node, request: Request | None, weight: Tensor, scale: Tensor, reason: str) -> WeightReport:
-        """Notes a call of ``mxfp8::linear`` or ``mxfp8::dequant`` that is not folded, and why."""
-        name = view_name(request.weight) if request else str(arguments(node, "x", "weight")[is_linear(node)])
-        row = self.rows.get(name)
+        """Notes a call of one of our operators that is not folded, and why. A packed weight is its own scale."""
+        name = view_name(request.weight) if request else str(arguments(node, "x", "weight")[not is_dequant(node)])
+        row, packed = self.rows.get(name), is_linear_packed(node)
         if row is None:
-            row = self._row(request, tuple(weight.shape), weight.nbytes + scale.nbytes, weight.device, name)
+            shape = _shape_unpacked(node) if packed else _shape(weight)
+            size = _nbytes(weight) if packed else _nbytes(weight) + _nbytes(scale)
+            row = self._row(request, shape, size, weight.device, name)
             if request and request.is_constant:
                 self.report.constants.append((row, weakref.ref(self.tensors(request.weight.leaf))))
-        if is_linear(node):
+        if packed:
+            row.decoding.setdefault(dtype_name(value_of(node).dtype), PENDING)
+        if not is_dequant(node):
             row.reason = row.reason or reason
         else:
             row.action, row.reason = UNMATCHED, f"{why_no_linear(node)}; not folded: {reason}"
@@ -88,7 +95,7 @@ class Account:
                 continue
             weight, readers = value_of(node), ", ".join(dict.fromkeys(map(called, node.users)))
             request = Request(StaticView(node), StaticView(scale), weight.dtype)
-            row = self._row(request, tuple(weight.shape), weight.nbytes + value_of(scale).nbytes, weight.device)
+            row = self._row(request, _shape(weight), _nbytes(weight) + _nbytes(value_of(scale)), weight.device)
             row.action = UNMATCHED
             row.reason = f"read by {readers}, no operator of this package: use mxfp8_ops.linear(x, weight, scale)"
 
@@ -102,7 +109,7 @@ class Account:
             view, value = static_view(weight), value_of(weight)
             if view is not None and isinstance(value, Tensor) and (name := view_name(view)) not in seen:
                 seen.add(name)
-                plain = PlainLinear(name, tuple(value.shape), dtype_name(value.dtype), value.nbytes)
+                plain = PlainLinear(name, _shape(value), dtype_name(value.dtype), _nbytes(value))
                 self.report.plain.append(plain)
 
     # --- rows ---------------------------------------------------------------------------------------------
@@ -114,13 +121,32 @@ class Account:
         if request is not None:
             name = view_name(request.weight)
             tensor = self.tensors(request.weight.leaf)
-            identity = Identity(weakref.ref(tensor), request.weight.text) if isinstance(tensor, Tensor) else None
+            if isinstance(tensor, Tensor):
+                identity = Identity(weakref.ref(tensor), request.weight.text, request.weight.steps)
             for view in (request.weight, request.scale):
                 self.report.owners.add(name, view_name(view), leaf_name(view.leaf))
         row = WeightReport(name, shape, KEPT, "", size, size, device=str(device), identity=identity)
         self.rows[name] = row
         self.report.weights.append(row)
         return row
+
+
+def _shape_unpacked(node: fx.Node) -> tuple[int, ...]:
+    """``[N, K]`` of the weight of ``mxfp8::linear_packed``: its packed form does not tell."""
+    (x,) = arguments(node, "x")
+    value = value_of(x)  # torch 2.11 may have lost that of a constant, see compat.is_dynamo_graph
+    values = value_of(node), getattr(x.graph.owning_module, str(x.target)) if value is None else value
+    n, k = (_shape(each)[-1] for each in values)
+    return n, k
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """As it is now: under dynamic shapes the sizes of a weight that is no parameter may be symbols."""
+    return tuple(map(compat.size_hint, tensor.shape))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return math.prod(_shape(tensor)) * tensor.element_size()
 
 
 def why_no_linear(dequant: fx.Node) -> str:
@@ -165,8 +191,8 @@ def _scale_of(node: fx.Node, scales: Iterable[fx.Node]) -> fx.Node | None:
     weight = value_of(node)
     if not isinstance(weight, Tensor) or weight.dtype != ELEMENT_DTYPE or weight.dim() < 2:
         return None
-    *rows, k = weight.shape
-    fitting = [each for each in scales if tuple(value_of(each).shape) == (*rows, k // BLOCK_SIZE)]
+    *rows, k = _shape(weight)
+    fitting = [each for each in scales if _shape(value_of(each)) == (*rows, k // BLOCK_SIZE)]
     return max(fitting, key=lambda each: _common(leaf_name(node), leaf_name(each)), default=None)
 
 

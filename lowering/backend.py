@@ -16,6 +16,7 @@ from mxfp8_ops import environment, settings
 from . import compat, passes, released, report
 from . import fold as fold  # registers the freezing pattern
 from .frozen import FrozenCall
+from .hoist import FLAG_IS_OFF
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def lower(
             released.refuse(tensor, "a weight", f"{environment.PASSES} is off")
         return compile_graph(gm, example_inputs, patches)
     fold = settings.dequant_at_load(options.dequant_at_load) is True
-    keep_all = "" if fold else passes.FLAG_IS_OFF
+    keep_all = "" if fold else FLAG_IS_OFF
     graph_report, hoist, folded = passes.rewrite(gm, example_inputs, keep_all, options.release_quantized, names or {})
     own = passes.LowerPass(fold, graph_report)
     with passes.lowering(), graph_report.timed("total"):

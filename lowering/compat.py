@@ -201,6 +201,11 @@ def source_name(node: fx.Node) -> str:
     return source.name() if callable(source.name) else source.name
 
 
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as it is in the example inputs, without a guard that it stays so; 0 if only the data tells."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
 def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without data in the fake mode of the compilation under way, or itself outside of one.
 

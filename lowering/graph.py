@@ -6,19 +6,20 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mxfp8_ops import ops
+from mxfp8_ops import ops, packed
 from mxfp8_ops.format import COMPUTE_DTYPES
 
 from . import compat
 
 _PLAIN_LINEAR = {F.linear, torch.ops.aten.linear, torch.ops.aten.linear.default}
 _LINEAR = {ops.linear, torch.ops.mxfp8.linear}
+_LINEAR_PACKED = {packed.linear_packed, torch.ops.mxfp8.linear_packed}
 _DEQUANT = {ops.dequant, torch.ops.mxfp8.dequant}
 _CASTS = {"float": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
 
@@ -26,6 +27,11 @@ _CASTS = {"float": torch.float32, "bfloat16": torch.bfloat16, "half": torch.floa
 def is_linear(node: object) -> bool:
     """Whether a node calls ``mxfp8::linear``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _LINEAR
+
+
+def is_linear_packed(node: object) -> bool:
+    """Whether a node calls ``mxfp8::linear_packed``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _LINEAR_PACKED
 
 
 def is_dequant(node: object) -> bool:
@@ -158,22 +164,31 @@ def is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (operator.getitem, getattr)
 
 
+Steps: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]
+"""Views taken one after the other: ``(function, other arguments, keyword arguments)`` each."""
+
+
+def viewed(tensor: Tensor, steps: Steps) -> Tensor:
+    """``tensor`` after these steps."""
+    for function, args, kwargs in steps:
+        tensor = function(tensor, *args, **dict(kwargs))
+    return tensor
+
+
 @dataclass(frozen=True)
 class StaticView:
     """A tensor computed from one graph input by views: ``w``, ``experts[3]``, ``scale.view(uint8)``.
 
     Attributes:
         leaf: the placeholder or get_attr node.
-        steps: ``(function, other arguments, keyword arguments)``, applied in order.
+        steps: the views, applied in order.
     """
 
     leaf: fx.Node
-    steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...], tuple[tuple[str, Any], ...]], ...] = ()
+    steps: Steps = ()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        for function, args, kwargs in self.steps:
-            tensor = function(tensor, *args, **dict(kwargs))
-        return tensor
+        return viewed(tensor, self.steps)
 
     @property
     def text(self) -> str:

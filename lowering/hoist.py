@@ -27,6 +27,7 @@ from .graph import (
     arguments,
     is_dequant,
     is_linear,
+    is_linear_packed,
     returned_storages,
     static_view,
     storages,
@@ -38,10 +39,12 @@ from .graph import (
 from .report import GraphReport, WeightReport
 from .slots import Folded, Request, Slot
 
+FLAG_IS_OFF = "the flag is not on"
+
 
 @dataclass
 class Use:
-    """One call of ``mxfp8::linear`` or ``mxfp8::dequant`` in a graph."""
+    """One call of ``mxfp8::linear``, ``linear_packed`` or ``dequant`` in a graph."""
 
     node: fx.Node
     weight: fx.Node
@@ -55,6 +58,9 @@ class Use:
                 _, weight, scale = arguments(node, "x", "weight", "scale")
                 dtype = getattr(value_of(node), "dtype", torch.float32)  # under autocast not x's dtype
                 yield Use(node, weight, scale, dtype)
+            elif is_linear_packed(node):
+                _, packed = arguments(node, "x", "packed")
+                yield Use(node, packed, packed, getattr(value_of(node), "dtype", torch.float32))  # scales are in it
             elif is_dequant(node):
                 yield Use(node, *arguments(node, "weight", "scale", "dtype"))
 
@@ -201,6 +207,8 @@ class Hoist:
 
     def _why_kept(self, level: Level, use: Use, request: Request | None) -> str:
         """Why a use cannot be folded, "" if it can."""
+        if is_linear_packed(use.node) and self.keep_all != FLAG_IS_OFF:
+            return "not folded while packed: unpack_() first"
         if self.keep_all:
             return self.keep_all
         if is_dequant(use.node) and storages(use.node) & (level.written | level.returned):

@@ -22,12 +22,11 @@ from mxfp8_ops import settings
 
 from . import compat, kernels, report
 from .graph import label_leaves, leaf_name, leaves, recognise, recognise_all
-from .hoist import Hoist
+from .hoist import FLAG_IS_OFF, Hoist
 from .report import GraphBreak, GraphReport
 from .slots import Folded
 from .text import graph_lines
 
-FLAG_IS_OFF = "the flag is not on"
 _ONLY_FREEZING = 'options() folds under freezing only; backend="mxfp8" or enable() fold without'
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from traceback import FrameSummary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from mxfp8_ops import ops
 
 from . import compat
-from .graph import leaf_name
+from .graph import Steps, leaf_name, viewed
 from .text import Line, Owners, dtype_name, graph_lines
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ FOLDED = "folded"
 KEPT = "kept"
 UNMATCHED = "unmatched"
 ACTIONS = (FOLDED, KEPT, UNMATCHED)
+
+FAST, EXACT, DEQUANTIZED, UNKNOWN, PENDING = "fast", "exact", "dequantized", "unknown", ""
+"""How the kernels of GPUs decode a packed weight; ``PENDING`` until it is read."""
 
 BEFORE, AFTER, AOT, JOINT, POST_GRAD = "before", "after", "aot", "joint", "post-grad"
 
@@ -42,11 +45,19 @@ class Identity:
 
     tensor: weakref.ref[Tensor]
     view: str = ""
+    steps: Steps = field(default=(), compare=False, repr=False)
 
     def key(self) -> tuple[int, str] | None:
         """None once the tensor is gone."""
         tensor = self.tensor()
         return None if tensor is None else (id(tensor), self.view)
+
+    def value(self) -> Tensor | None:
+        """The view, None where there is no data (any more)."""
+        tensor = self.tensor()
+        if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+            return None
+        return viewed(tensor, self.steps)
 
 
 @dataclass
@@ -56,15 +67,17 @@ class WeightReport:
     Attributes:
         name: dotted path of the weight, from the compiled module or function on.
         shape: of the weight.
-        action: "folded" (a dequantized copy stands in the graph), "kept" (``mxfp8::linear`` reads the 1-byte
-            weight) or "unmatched" (it is dequantized in every call, by the operator or by other code).
+        action: "folded" (a dequantized copy stands in the graph), "kept" (``mxfp8::linear`` or ``linear_packed``
+            reads the 1-byte weight) or "unmatched" (it is dequantized in every call, by the operator or by other code).
         reason: how it was folded, or why it was not.
-        bytes_before: of weight and scale.
+        bytes_before: of weight and scale; of a packed weight with its padding.
         bytes_after: of everything held for this weight after the compile: the dequantized copies, and the
-            packed bytes unless they were released.
+            quantized bytes unless they were released.
         kernel: what computes with it, as far as is known: the call in the generated code, else in the graph.
         bytes_dequantized: of the dequantized copies.
         device: where it is.
+        decoding: of a packed weight, by x's dtype: how the kernels of GPUs decode it, "fast", "exact" (some codes
+            need that), "dequantized" (as a whole, in every call) or "unknown" (its data was not at hand).
     """
 
     name: str
@@ -76,6 +89,7 @@ class WeightReport:
     kernel: str = ""
     bytes_dequantized: int = field(default=0, compare=False)
     device: str = field(default="cpu", compare=False)
+    decoding: dict[str, str] = field(default_factory=dict)
     identity: Identity | None = field(default=None, compare=False, repr=False)
 
     def add_dequantized(self, value: Tensor, how: str) -> None:
@@ -85,6 +99,30 @@ class WeightReport:
         self.action = FOLDED
         self.bytes_dequantized += value.nbytes
         self.bytes_after += value.nbytes
+
+    def read_decoding(self) -> None:
+        """Says how a packed weight is decoded, once: its data tells, see ``mxfp8_ops.packing``."""
+        with _lock:
+            if PENDING not in self.decoding.values():
+                return
+            known = {"bfloat16": UNKNOWN, "float16": UNKNOWN, "float32": DEQUANTIZED}
+            with torch.utils._python_dispatch._disable_current_modes():
+                packed = self.identity.value() if self.identity is not None else None
+                if packed is not None:
+                    known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in packed[-1, :2].tolist())
+            self.decoding = {name: known[name] for name in self.decoding}
+            words = ", ".join(_DECODING[how].format(name) for name, how in self.decoding.items())
+            if ops.kernel_name("linear_packed", torch.device(self.device)) == "reference":
+                words += " (on GPUs; here unpacked in every call)"
+            self.reason = f"packed, {words}; {self.reason}"
+
+
+_DECODING = {
+    FAST: "fast decoding for {}",
+    EXACT: "exact decoding for {}, which some codes need",
+    DEQUANTIZED: "dequantized in every call for {}",
+    UNKNOWN: "decoding unknown for {}",
+}
 
 
 @dataclass(frozen=True)
@@ -247,7 +285,15 @@ class GraphReport:
                 self.labels.append((weakref.ref(dequantized), label))
                 self.owners.add(each.name, label, label)
 
+    def read_decoding(self) -> None:
+        """Says of packed weights how they are decoded. Reading that waits for their device, so it is done when
+        somebody asks for the report, and not while the graph is compiled.
+        """
+        for row in self.weights:
+            row.read_decoding()
+
     def __str__(self) -> str:
+        self.read_decoding()
         return format_table(self.weights)
 
 
@@ -270,7 +316,10 @@ _thread = threading.local()
 def recent() -> list[GraphReport]:
     """The newest reports of this process, oldest first (at most 256)."""
     with _lock:
-        return list(_recent)
+        graphs = list(_recent)
+    for graph in graphs:
+        graph.read_decoding()
+    return graphs
 
 
 @contextlib.contextmanager
@@ -284,6 +333,8 @@ def collect(into: list[GraphReport] | None = None, thread: int | None = None) ->
     finally:
         with _lock:
             _collectors[:] = [each for each in _collectors if each[0] is not graphs]
+    for graph in graphs:
+        graph.read_decoding()
 
 
 def publish(graph: GraphReport) -> None:
@@ -303,6 +354,8 @@ def current() -> GraphReport | None:
 
 def log_graph(graph: GraphReport) -> None:
     """Writes one graph to the log, a line for each weight, and to torch's trace."""
+    if log.isEnabledFor(logging.INFO):
+        graph.read_decoding()
     for weight in graph.weights:
         shape, size = list(weight.shape), (weight.bytes_before, weight.bytes_after)
         log.info("%s %s %s: %d -> %d bytes (%s)", weight.action, weight.name, shape, *size, weight.reason)

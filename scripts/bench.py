@@ -1,137 +1,171 @@
-"""Speed on a CUDA device, as ratios measured side by side: of dequant and quantize to a copy of as many bytes, of
-linear to a kernel that only reads the packed bytes (R) and to bfloat16 ``F.linear`` (B).
+"""Speed on a device, measured side by side: of dequant and quantize against a copy, of linear against a kernel that
+only reads the packed bytes (R) and against ``F.linear`` on a dense weight (B), of the host, and over numbers of rows.
 
-Every figure is the median over replays of one CUDA graph, which calls the kernel on weights that together are
-larger than any cache. Prints Markdown.
+Exit status: 0, 2 for a bad argument or where there is no such device. Missed bars are marked, and are no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
-import statistics
+import importlib.util
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-import triton
-import triton.language as tl
-from torch import Tensor
+from benchmarks import options as known
+from benchmarks import plot, render
+from benchmarks.options import Options, Record, Run, Shape
 
-import mxfp8_ops
-
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672), (1024, 4096))
-ROWS = (1, 2, 4, 8, 64, 256, 2048)
-ROTATED_BYTES = 300 << 20
-REPLAYS = 9
+FILES = ("--json", "--markdown", "--plot", "--from-json")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--device", default="cuda", choices=["cuda"])
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="rows of x")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench: there is no CUDA device", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
+    try:
+        check_files(args)
+        stored = None if args.from_json is None else known.load(args.from_json)
+    except (OSError, ValueError) as error:
+        return failed(error)
+    try:
+        return measure(args, words) if stored is None else show(stored, args)
+    except KeyboardInterrupt:
+        results = "" if args.json is None else f"; {args.json} has the results until now"
+        print(f"bench: stopped{results}", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    new = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    new.add_argument("--device", default="cuda", choices=known.DEVICES)
+    new.add_argument("--sections", nargs="+", default=known.SECTIONS, choices=known.SECTIONS, help="default: all")
+    new.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="of weights; default: seven of real models")
+    new.add_argument("--rows", nargs="+", type=positive, metavar="M", help="of x; default: 1 2 4 ... 8192")
+    new.add_argument("--dtype", default="bfloat16", choices=known.DTYPES, help="of x and of the dense weights")
+    new.add_argument(
+        "--no-emulation", action="store_true", help="leave out the weight dequantized by torch in every call"
+    )
+    new.add_argument("--quick", action="store_true", help="two shapes, fewer rows and replays: under two minutes")
+    new.add_argument("--json", type=Path, metavar="FILE", help="store the run, after every result")
+    new.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
+    new.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the section linear; needs matplotlib")
+    new.add_argument(
+        "--from-json",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: show a stored run (without --markdown and --plot: print its page)",
+    )
+    return new
+
+
+def shape(text: str) -> Shape:
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) > 0 and int(k) > 0):
+        raise argparse.ArgumentTypeError(f"a shape is NxK, such as 4096x4096, got {text!r}")
+    if int(k) % 32:
+        raise argparse.ArgumentTypeError(f"K must be a multiple of the block size 32, got {text!r}")
+    return int(n), int(k)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a number of rows is a positive integer, got {text!r}")
+    return int(text)
+
+
+def failed(reason: object) -> int:
+    print(f"bench: {reason}", file=sys.stderr)
+    return 2
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """What would fail after the run is to fail before it."""
+    for path in (args.json, args.markdown, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    if args.plot is not None and args.from_json is None and "linear" not in args.sections:
+        raise ValueError("--plot draws the section linear, which is not among --sections")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the package matplotlib; a run stored with --json can be plotted elsewhere")
+
+
+def selected(args: argparse.Namespace) -> Options:
+    """The options of a run. What is said explicitly counts more than ``--quick``."""
+    shapes = args.shapes or (known.QUICK_SHAPES if args.quick else known.SHAPES)
+    rows = args.rows or (known.QUICK_ROWS if args.quick else known.ROWS)
+    emulated = known.EMULATED_ROWS[:1] if args.quick else known.EMULATED_ROWS
+    return Options(
+        shapes=tuple(dict.fromkeys(shapes)),
+        rows=tuple(dict.fromkeys(rows)),
+        dtype=args.dtype,
+        sections=tuple(name for name in known.SECTIONS if name in args.sections),
+        emulated=() if args.no_emulation else tuple(m for m in emulated if m in rows),
+        replays=7 if args.quick else 11,
+        cliff_rows=tuple(range(1, 301, 7 if args.quick else 1)),
+    )
+
+
+def command(words: Sequence[str]) -> str:
+    """What was typed, with files named without their folders."""
+    shown = []
+    for word, before in zip(words, ["", *words], strict=False):
+        name, equals, value = word.partition("=")
+        if before in FILES:
+            word = Path(word).name
+        elif equals and name in FILES:
+            word = f"{name}={Path(value).name}"
+        shown.append(word)
+    return shlex.join(["python", "scripts/bench.py", *shown])
+
+
+def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
+    import torch  # not needed to show a stored run
+    from benchmarks.devices import DEVICES
+    from benchmarks.progress import reporter
+    from benchmarks.sections import SECTIONS
+
+    missing = DEVICES[args.device].missing()
+    if missing is not None:
+        return failed(missing)
+    options = selected(args)
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, ", end="")
-    print(f"{datetime.date.today()}, `python scripts/bench.py --device {args.device}`\n")
-    elementwise_table()
-    linear_table(args.rows)
+    device = DEVICES[args.device].open()
+    started = time.monotonic()
+    today = {"date": str(datetime.date.today()), "command": command(words)}
+    run = Run(device.environment() | today, options, args.json)
+    print(f"{run.data['environment']['device']}, {render.header(run.data)}", flush=True)
+    sections = {name: SECTIONS[name] for name in options.sections}
+    with torch.no_grad(), reporter(sum(section.count(options) for section in sections.values())) as results:
+        for name, section in sections.items():
+            results.start(name)
+            with contextlib.closing(section.measure(device, options)) as records:
+                for record in records:
+                    run.add(name, record)
+                    results.result(render.line(name, record))
+    print(f"{time.monotonic() - started:.0f} s, {render.summary(run.data)}", flush=True)
+    return write(run.data, args)
+
+
+def show(run: Record, args: argparse.Namespace) -> int:
+    if args.plot is not None and not run["sections"].get("linear"):
+        return failed(f"there is nothing to plot: {args.from_json} has no results of the section linear")
+    if args.markdown is None and args.plot is None:
+        print(render.markdown(run), end="")
+    return write(run, args)
+
+
+def write(run: Record, args: argparse.Namespace) -> int:
+    if args.markdown is not None:
+        args.markdown.write_text(render.markdown(run))
+        print(f"wrote {args.markdown}")
+    if args.plot is not None:
+        plot.plot(run, args.plot)
+        print(f"wrote {args.plot}")
     return 0
-
-
-def elementwise_table() -> None:
-    print("| N x K | dequant to bfloat16 | to float16 | quantize from bfloat16 |\n|---|---|---|---|")
-    for n, k in SHAPES[:6]:
-        packed = [random_weight(n, k) for _ in range(copies(3 * n * k))]
-        dense = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in packed]
-        moved = n * k * 3 + n * k // 32
-        copy = copy_seconds(moved)
-        cells = [
-            copy / seconds([lambda p=p, d=dtype: mxfp8_ops.dequant(*p, d) for p in packed])
-            for dtype in (torch.bfloat16, torch.float16)
-        ]
-        cells.append(copy / seconds([lambda x=x: mxfp8_ops.quantize(x) for x in dense]))
-        print(f"| {n} x {k} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |", flush=True)
-
-
-def linear_table(rows: Sequence[int]) -> None:
-    print("\nus for R, then linear as a multiple of R and of B\n")
-    print("| N x K | R | " + " | ".join(f"M={m}" for m in rows) + " |\n|---|---|" + "---|" * len(rows))
-    for n, k in SHAPES:
-        packed = [random_weight(n, k) for _ in range(copies(n * k))]
-        dense = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in packed[: len(packed) // 2 + 1]]
-        read = min(
-            seconds([lambda w=w, c=c: read_only(*w, *c) for w in packed]) for c in ((2048, 4), (4096, 2), (1024, 4))
-        )
-        cells = []
-        for m in rows:
-            x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-            ours = seconds([lambda p=p, x=x: mxfp8_ops.linear(x, *p) for p in packed])
-            theirs = seconds([lambda w=w, x=x: F.linear(x, w) for w in dense])
-            cells.append(f"{ours / read:.2f} R, {ours / theirs:.2f} B")
-        print(f"| {n} x {k} | {read * 1e6:.2f} | " + " | ".join(cells) + " |", flush=True)
-
-
-def random_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """A weight and its scale, of ordinary codes, one behind the other in memory."""
-    both = torch.randint(0, 120, (n * k + n * k // 32,), dtype=torch.uint8, device="cuda")
-    weight, scale = both.split([n * k, n * k // 32])
-    return weight.view(torch.float8_e4m3fn).view(n, k), scale.clamp_(min=110).view(n, k // 32)
-
-
-def copies(size: int) -> int:
-    """How many weights of ``size`` bytes are more than the caches hold."""
-    return max(3, ROTATED_BYTES // size + 1)
-
-
-def copy_seconds(moved: int) -> float:
-    """Time to copy so that ``moved`` bytes are read and written together, out of the caches."""
-    pairs = torch.empty(copies(moved), 2, moved // 2, dtype=torch.uint8, device="cuda")
-    return seconds([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs])
-
-
-def seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Time of one call, from replays of a CUDA graph of them all."""
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def read_only(weight: Tensor, scale: Tensor, elements: int, steps: int) -> None:
-    """Reads the bytes of a weight and of its scale behind it, and does next to nothing with them."""
-    words = weight.view(torch.int32)
-    count = (weight.nbytes + scale.nbytes) // 4
-    grid = (triton.cdiv(count, elements * steps),)
-    _read_kernel[grid](words, count, ELEMENTS=elements, STEPS=steps, num_warps=elements // 512)
-
-
-@triton.jit
-def _read_kernel(words, count, ELEMENTS: tl.constexpr, STEPS: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * ELEMENTS * STEPS
-    offset = start + tl.arange(0, ELEMENTS)
-    total = tl.zeros((ELEMENTS,), tl.int32)
-    for step in tl.static_range(STEPS):
-        at = offset + step * ELEMENTS
-        total ^= tl.load(words + at, mask=at < count, other=0, eviction_policy="evict_first")
-    result = tl.sum(total, 0)
-    if result == 0x12345678:  # the compiler must believe that somebody wants to know
-        tl.store(words + start, result)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from models import folding, layer, rows
+from models import Chain, folding, layer, rows
 from torch import Tensor, nn
 
+import lowering
 import mxfp8_ops
-from lowering import report
-from lowering.report import GraphReport, Memory, WeightReport
+from lowering import compat, report
+from lowering.report import GraphReport, Identity, Memory, WeightReport
+from mxfp8_ops import ops
 
 
 def account(model: Callable[..., object], *inputs: Tensor, **options: bool) -> GraphReport:
@@ -24,7 +26,7 @@ def account(model: Callable[..., object], *inputs: Tensor, **options: bool) -> G
 
 
 class Weight(nn.Module):
-    """One packed weight and a way to use it."""
+    """One MXFP8 weight and a way to use it."""
 
     def __init__(self, use: Callable[[Tensor, Tensor, Tensor], Tensor], *shape: int) -> None:
         super().__init__()
@@ -157,3 +159,177 @@ def test_one_tensor_is_one_weight_whatever_two_graphs_call_it() -> None:
     names = [graph.weights[0].name for graph in graphs]
     assert names == ["0.weight", "inner.weight"] or names == ["0.weight", "models.1.inner.weight"]
     assert [row.name for row in report.distinct(graphs)] == names[1:]
+
+
+@pytest.mark.parametrize("use", [mxfp8_ops.linear, emulated, lambda x, w, s: F.linear(x, w.bfloat16())])
+def test_weights_of_dynamic_sizes_are_reported_with_those_of_now_and_without_guards(use: Callable[..., Tensor]) -> None:
+    pairs = [mxfp8_ops.quantize(torch.randn(n, 64)) for n in (48, 32)]
+    compiled = torch.compile(use, backend=folding(), dynamic=True)
+    with report.collect() as graphs:
+        assert [compiled(rows(), *pair).shape for pair in pairs] == [(5, 48), (5, 32)]
+    (graph,) = graphs
+    assert [(row.shape, row.bytes_before) for row in graph.weights] in ([((48, 64), 48 * 66)], [])
+
+
+def test_plain_linear_on_a_weight_of_dynamic_size_compiles() -> None:
+    compiled = torch.compile(F.linear, backend=folding(), dynamic=True)
+    with report.collect() as graphs:
+        assert [compiled(rows(), rows(n)).shape for n in (48, 32)] == [(5, 48), (5, 32)]
+    assert [(plain.shape, plain.nbytes) for graph in graphs for plain in graph.plain] == [((48, 64), 48 * 64 * 2)]
+
+
+# --- packed weights ------------------------------------------------------------------------------------------
+
+
+FLAG = {True: "not folded while packed: unpack_() first", False: "the flag is not on"}
+HERE = "(on GPUs; here unpacked in every call)"
+
+
+def marked(scale: int = 127, code: int = 0x38) -> nn.Module:
+    """A packed layer [48, 64] with one code and one scale in it that may need exact decoding."""
+    weight = torch.full((48, 64), 0x38, dtype=torch.uint8)
+    scales = torch.full((48, 2), 127, dtype=torch.uint8)
+    weight[7, 40], scales[7, 1] = code, scale
+    return mxfp8_ops.Mxfp8Linear.from_quantized(weight.view(torch.float8_e4m3fn), scales).pack_()
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_packed_weights_are_kept_under_either_flag_with_shape_bytes_kernel_and_decoding(flag: bool) -> None:
+    model = Chain()
+    mxfp8_ops.pack_(model)
+    reason = f"packed, fast decoding for bfloat16 {HERE}; {FLAG[flag]}"
+    kernel, decoding = "mxfp8.linear_packed (reference)", {"bfloat16": "fast"}
+    size = model.up.weight_packed.nbytes
+    assert size == 133 * 32 * 4  # one block of 128 x 128
+    assert account(model, rows(), dequant_at_load=flag).weights == [
+        WeightReport("up.weight_packed", (64, 64), "kept", reason, size, size, kernel, decoding=decoding),
+        WeightReport("down.weight_packed", (32, 64), "kept", reason, size, size, kernel, decoding=decoding),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "code", "decoding"),
+    [
+        (torch.bfloat16, 134, 0x7E, "fast"),
+        (torch.bfloat16, 0, 0x7E, "fast"),
+        (torch.bfloat16, 135, 0x38, "exact"),
+        (torch.bfloat16, 127, 0x7F, "exact"),
+        (torch.float16, 95, 0x7E, "fast"),
+        (torch.float16, 94, 0x38, "exact"),
+        (torch.float16, 127, 0xFF, "exact"),
+        (torch.float32, 127, 0x38, "dequantized"),
+    ],
+)
+def test_decoding_is_the_one_of_the_codes_and_of_the_dtype_of_x(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: int, code: int, decoding: str
+) -> None:
+    monkeypatch.setattr(ops, "kernel_name", lambda name, device: "cuda")
+    (row,) = account(marked(scale, code), rows(dtype=dtype)).weights
+    name = str(dtype).removeprefix("torch.")
+    words = {
+        "fast": f"fast decoding for {name}",
+        "exact": f"exact decoding for {name}, which some codes need",
+        "dequantized": f"dequantized in every call for {name}",
+    }
+    assert row.decoding == {name: decoding}
+    assert row.reason == f"packed, {words[decoding]}; the flag is not on"
+    assert row.kernel == "mxfp8.linear_packed (cuda)"
+
+
+def test_every_dtype_of_x_has_its_decoding() -> None:
+    packed = marked(94)
+    (row,) = account(lambda x: [packed(x), packed(x.half()), packed(x.half())], rows()).weights
+    assert row.decoding == {"bfloat16": "fast", "float16": "exact"}
+    words = "fast decoding for bfloat16, exact decoding for float16, which some codes need"
+    assert row.reason == f"packed, {words} {HERE}; the flag is not on"
+
+
+def test_autocast_decides_on_the_decoding() -> None:
+    with torch.autocast("cpu", torch.float16):
+        (row,) = account(marked(94), rows(dtype=torch.float32)).weights
+    assert row.decoding == {"float16": "exact"}
+
+
+def test_packed_weight_that_layers_share_is_counted_once() -> None:
+    first = layer(64, 64)
+    model = nn.Sequential(first, mxfp8_ops.Mxfp8Linear.from_quantized(first.weight, first.weight_scale))
+    mxfp8_ops.pack_(model)
+    graphs = [account(model, rows()), account(model[1], rows())]
+    assert [len(graph.weights) for graph in graphs] == [1, 1]
+    (row,) = report.distinct(graphs)
+    size = first.weight_packed.nbytes
+    assert report.memory([row]) == Memory(size, size, size)
+
+
+def test_packed_weights_in_a_stack_are_told_apart() -> None:
+    weights = [mxfp8_ops.pack(*each.quantized()) for each in (layer(), marked(94).unpack_())]
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = nn.Buffer(torch.stack(weights))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [mxfp8_ops.linear_packed(x.half(), self.packed[i], 48) for i in (0, 1)]
+
+    rows_ = account(Stack(), rows()).weights
+    assert [(row.name, row.decoding["float16"]) for row in rows_] == [("packed[0]", "fast"), ("packed[1]", "exact")]
+
+
+def test_shape_of_a_packed_weight_is_known_under_dynamic_shapes_without_a_guard() -> None:
+    packed = mxfp8_ops.pack(*layer(48, 96).quantized())
+    compiled = torch.compile(lambda x: mxfp8_ops.linear_packed(x, packed, 48), backend=folding(), dynamic=True)
+    with report.collect() as graphs:
+        assert [compiled(rows(m, k)).shape for m, k in ((5, 96), (4, 96), (4, 64))] == [(5, 48), (4, 48), (4, 48)]
+    (graph,) = graphs
+    assert [row.shape for row in graph.weights] == [(48, 96)]
+
+
+def test_packed_weight_of_a_sub_graph_has_the_name_it_has_outside() -> None:
+    model = nn.Sequential(marked())
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    (row,) = account(Checkpointed(), rows()).weights
+    assert (row.name, row.shape, row.decoding) == ("inner.0.weight_packed", (48, 64), {"bfloat16": "fast"})
+
+
+@pytest.fixture
+def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without ``TORCH_TRACE``: pytest listens to torch's trace, for which every report is written out."""
+    monkeypatch.setattr(compat, "trace_artifact", lambda name, text: None)
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_decoding_is_unknown_without_the_tensor() -> None:
+    unknown = f"packed, decoding unknown for bfloat16 {HERE}; the flag is not on"
+    with report.collect() as graphs:
+        torch.compile(marked(), options=lowering.options(), fullgraph=True)(rows())  # passes see no tensors
+        (row,) = graphs[0].weights
+    assert (row.decoding, row.reason) == ({"bfloat16": "unknown"}, unknown)
+    model = marked()
+    torch.compile(model, backend=folding(), fullgraph=True)(rows())
+    del model
+    torch._dynamo.reset()
+    (row,) = report.recent()[-1].weights
+    assert (row.decoding, row.reason) == ({"bfloat16": "unknown"}, unknown)
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_decoding_is_read_once_and_only_when_a_report_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, value = [], Identity.value
+    monkeypatch.setattr(Identity, "value", lambda self: read.append(self) or value(self))
+    model = marked()
+    compiled = torch.compile(model, backend=folding(), fullgraph=True)
+    compiled(rows())
+    compiled(rows())
+    assert read == []
+    for _ in range(2):
+        (row,) = report.recent()[-1].weights
+        assert (row.decoding, len(read)) == ({"bfloat16": "fast"}, 1)

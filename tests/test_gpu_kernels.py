@@ -54,6 +54,45 @@ def test_gemv_compiles_for_every_target_and_reads_16_bytes_at_a_time(capability:
     assert ("cvt.rn.f16x2.e4m3x2" in text) == native
 
 
+@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("m", [1, 16, 32, 64])
+def test_mma_compiles_and_its_loop_moves_nothing_between_lanes(capability: int, dtype: str, m: int) -> None:
+    gluon = pytest.importorskip("triton.experimental.gluon")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from mxfp8_ops.gpu import mma
+
+    plan = mma.plan(m, 4096, 4096, 132)
+    types = {"x": "*i32", "weight": "*i32", "scale": "*u8", "bias": f"*{dtype}", "out": f"*{dtype}"}
+    types |= {"M": "i32", "N": "i32", "K": "i32"}
+    language = gluon.language
+    constants = {"DTYPE": language.bfloat16 if dtype == "bf16" else language.float16, "HAS_BIAS": True}
+    constants |= {"BN": plan.outputs, "BM": plan.rows, "BK": plan.elements, "RUN": plan.run}
+    constants |= {"ALONG": plan.along, "ACROSS": plan.across, "STAGES": plan.stages}
+    names = mma.kernel.arg_names
+    source = GluonASTSource(
+        mma.kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in ("M", "N")},
+    )
+    options = {"num_warps": plan.along * plan.across}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    text = compiled.asm["ptx"]
+    loop = re.search(r"(?s)\n(\$L__BB0_\d+):(?:(?!\n\$L__BB0_).)*mma\.sync.*?bra\S*\s+\1;", text)
+    assert loop is not None
+    assert "shfl" not in loop[0]
+    assert "st.shared" not in loop[0]
+    if plan.stages == 0:
+        assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", loop[0])
+        assert "shared" not in loop[0]
+    else:
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", loop[0])
+        assert loop[0].count("bar.sync") == 2  # a stage has arrived, and has been read
+
+
 @pytest.mark.parametrize("capability", NVIDIA)
 def test_elementwise_kernels_compile_for_every_target_without_a_float8_type(capability: int) -> None:
     from mxfp8_ops.gpu import elementwise

@@ -118,6 +118,29 @@ def test_backward_graph_is_a_second_graph_of_its_stage() -> None:
 
 @pytest.mark.parametrize("freezing", [True, False])
 @pytest.mark.parametrize("flag", [True, False])
+def test_packed_weights_say_how_they_are_decoded_in_every_form_of_the_report(flag: bool, freezing: bool) -> None:
+    model = nn.Sequential(layer(64, 64, seed=4), nn.Sequential(layer(64, 64, seed=5)))
+    mxfp8_ops.pack_(model)
+    with torch.no_grad():
+        report = lowering.explain(model, rows(), dequant_at_load=flag, freezing=freezing)
+    assert [row.name for row in report.weights] == ["0.weight_packed", "1.0.weight_packed"]
+    assert report.counts == {"folded": 0, "kept": 2, "unmatched": 0}
+    for row in validate(report)["runs"][0]["weights"]:
+        assert (row["shape"], row["decoding"]) == ([64, 64], {"bfloat16": "fast"})
+        assert row["kernel"] == "mxfp8.linear_packed (reference)"
+        assert row["reason"].startswith("packed, fast decoding for bfloat16 (on GPUs; here unpacked in every call); ")
+    size = 2 * model[0].weight_packed.nbytes
+    assert (report.memory.before, report.memory.peak, report.memory.after) == (size, size, size)
+    for text in (str(report), report.to_html(), report._repr_html_()):
+        assert text.count("packed, fast decoding for bfloat16") == 2
+    assert {line.weights for line in report.graphs[0].lines("post-grad") if line.reads} == {
+        ("0.weight_packed",),
+        ("1.0.weight_packed",),
+    }
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
 def test_json_follows_its_schema_and_is_the_same_twice(flag: bool, freezing: bool) -> None:
     def text() -> str:
         torch._dynamo.reset()

@@ -8,11 +8,23 @@ import expecttest
 import pytest
 from commands import run
 
+PACKED = """\
+from models_here import two_layers
+
+
+def one_packed():
+    model, inputs = two_layers()
+    model[0].weight_scale[0, 0] = 255
+    model[0].pack_()
+    return model, inputs
+"""
+
 
 class TestGolden(expecttest.TestCase):
     @pytest.fixture(autouse=True)
     def in_folder(self, folder: Path) -> None:
         """The factories are importable."""
+        (folder / "packed_here.py").write_text(PACKED, encoding="utf-8")
 
     def test_folded_model_prints_the_table_and_the_diff(self) -> None:
         status, out, err = run("models_here:two_layers", "--dequant-at-load", "on", "--context", 0)
@@ -143,6 +155,38 @@ passes: ? s of ? s to compile (?%)
 
 == graph 2 of 2, flag unset: before and after
 (nothing changed in the graph)
+
+time: ? s to load the target, ? s to compile, ? s to report""",
+        )
+
+    def test_packed_weight_is_told_apart_from_one_that_is_not(self) -> None:
+        status, out, _ = run("packed_here:one_packed", "--dequant-at-load", "on", "--context", 0)
+        assert status == 0
+        self.assertExpectedInline(
+            out,
+            """\
+torch VERSION, compiled without caches: every graph is generated anew
+
+== packed_here:one_packed: flag on
+
+ weight             shape   action   bytes before   bytes after   kernel                            reason
+ ----------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------
+ 1.weight           32x96   folded          3,168         9,312   extern_kernels.mm                 dequantized to bfloat16
+ 0.weight_packed    96x64   kept           17,024        17,024   mxfp8.linear_packed (reference)   packed, exact decoding for bfloat16, which some codes need (on GPUs; here unpacked in every call); not folded while packed: unpack_() first
+ ----------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------
+ total: 2 weights                          20,192        26,336
+
+memory of the weights: 20,192 bytes before, 26,336 at most, 26,336 after
+passes: ? s of ? s to compile (?%)
+
+== graph 1 of 1, flag on: before and after
+@@ -3,2 +3,1 @@
+-input 1.weight: f8e4m3fn[32, 96]
+-input 1.weight_scale: u8[32, 3]
++input 1.weight.dequantized: bf16[32, 96]
+@@ -6,1 +5,1 @@
+-linear: bf16[8, 32] = mxfp8.linear(linear_packed, 1.weight, 1.weight_scale, None)
++linear: bf16[8, 32] = linear(linear_packed, 1.weight.dequantized, None)
 
 time: ? s to load the target, ? s to compile, ? s to report""",
         )

@@ -72,7 +72,7 @@ def test_bars_share_one_scale_and_say_their_numbers(browser: Browser, released: 
     assert [sum(each) for each in widths] == pytest.approx(
         [100 * total / max(expected) for total in expected], abs=0.01
     )
-    after = f"packed weights and scales {html.size(memory.after - copies)}, dequantized copies {html.size(copies)}"
+    after = f"MXFP8 weights and scales {html.size(memory.after - copies)}, dequantized copies {html.size(copies)}"
     (label,) = browser.js("[...document.querySelectorAll('.bar')].map((bar) => bar.ariaLabel).slice(2)")
     assert label == f"Memory after: {html.size(expected[2])}; {after}, linears that are not MXFP8 8.0 KiB"
 

@@ -23,33 +23,33 @@ def reported(model: nn.Module, x: Tensor, **options: bool) -> list[WeightReport]
 
 def test_every_weight_has_name_shape_action_reason_and_bytes() -> None:
     model = Chain()
-    packed = {name: 64 * n + 2 * n for name, n in (("up", 64), ("down", 32))}
+    size = {name: 64 * n + 2 * n for name, n in (("up", 64), ("down", 32))}
     kept = ("kept", "the flag is not on")
     assert reported(model, rows()) == [
-        WeightReport("up.weight", (64, 64), *kept, packed["up"], packed["up"], "mxfp8.linear (reference)"),
-        WeightReport("down.weight", (32, 64), *kept, packed["down"], packed["down"], "mxfp8.linear (reference)"),
+        WeightReport("up.weight", (64, 64), *kept, size["up"], size["up"], "mxfp8.linear (reference)"),
+        WeightReport("down.weight", (32, 64), *kept, size["down"], size["down"], "mxfp8.linear (reference)"),
     ]
     folded = ("folded", "dequantized to bfloat16")
     assert reported(model, rows(), dequant_at_load=True) == [
-        WeightReport("up.weight", (64, 64), *folded, packed["up"], packed["up"] + 8192, "linear"),
-        WeightReport("down.weight", (32, 64), *folded, packed["down"], packed["down"] + 4096, "linear"),
+        WeightReport("up.weight", (64, 64), *folded, size["up"], size["up"] + 8192, "linear"),
+        WeightReport("down.weight", (32, 64), *folded, size["down"], size["down"] + 4096, "linear"),
     ]
 
 
 def test_second_dtype_of_a_weight_is_added_to_its_row() -> None:
-    packed = layer(bias=False)
+    twice = layer(bias=False)
 
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = packed
+            self.inner = twice
 
         def forward(self, x: Tensor) -> list[Tensor]:
             return [self.inner(x), self.inner(x.float())]
 
     (weight,) = reported(Both(), rows(), dequant_at_load=True)
     assert weight.reason == "dequantized to bfloat16, float32"
-    assert weight.bytes_after == weight.bytes_before + packed.weight.numel() * (2 + 4)
+    assert weight.bytes_after == weight.bytes_before + twice.weight.numel() * (2 + 4)
 
 
 def test_names_are_paths_in_the_model_whatever_holds_it() -> None:
@@ -101,6 +101,19 @@ torch.compile(model, backend="mxfp8", options={"dequant_at_load": True})(torch.e
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "folded weight [32, 32]: 1056 -> 5152 bytes (dequantized to float32)" in done.stderr
+
+
+def test_torch_logs_show_packed_weights_with_their_decoding() -> None:
+    program = """
+import torch, mxfp8_ops
+model = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32)).pack_()
+torch.compile(model.half(), backend="mxfp8", options={"dequant_at_load": True})(torch.eye(32).half())
+"""
+    environment = dict(os.environ, TORCH_LOGS="+lowering")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    words = "packed, fast decoding for float16 (on GPUs; here unpacked in every call); not folded while packed"
+    assert f"kept weight_packed [32, 32]: 17024 -> 17024 bytes ({words}: unpack_() first)" in done.stderr
 
 
 def test_graph_text_numbers_nodes_and_names_inputs_after_parameters() -> None:

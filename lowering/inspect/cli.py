@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--freezing", action="store_true", help="with Inductor's freezing")
     add("--dynamic", action="store_true", help="with dynamic shapes")
     add("--device", help="where to bring model and inputs, such as cuda")
-    add("--dtype", choices=DTYPES, help="of activations and of weights that are not packed")
+    add("--dtype", choices=DTYPES, help="of activations and of weights that are not MXFP8")
     add("--weights", metavar="GLOB", help="only weights whose names match, such as '*.mlp.*'")
     add("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add("--html", type=Path, metavar="FILE", help="write everything as one self-contained page")

@@ -16,7 +16,7 @@ from ..text import Line
 from .kernels import kernels
 from .summary import Report
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def document(reports: Sequence[Report]) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def _run(report: Report) -> dict[str, Any]:
                 "bytes_before": row.bytes_before,
                 "bytes_after": row.bytes_after,
                 "bytes_dequantized": row.bytes_dequantized,
+                "decoding": row.decoding,
             }
             for row in report.weights
         ],

@@ -87,23 +87,23 @@ def size(count: int) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """Bytes of all linears at one time: of packed weights and scales, of dequantized copies, of plain linears."""
+    """Bytes of all linears at one time: of MXFP8 weights and scales, of dequantized copies, of plain linears."""
 
     title: str
-    packed: int
+    quantized: int
     dequantized: int
     plain: int
 
     @property
     def total(self) -> int:
         """Bytes of the whole bar."""
-        return self.packed + self.dequantized + self.plain
+        return self.quantized + self.dequantized + self.plain
 
     @property
     def segments(self) -> list[tuple[str, str, int]]:
         """Class, words and bytes of each part."""
         return [
-            ("packed", "packed weights and scales", self.packed),
+            ("quantized", "MXFP8 weights and scales", self.quantized),
             ("dequantized", "dequantized copies", self.dequantized),
             ("plain", "linears that are not MXFP8", self.plain),
         ]

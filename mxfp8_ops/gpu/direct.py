@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import group_scale, scaled, separate
+from .fragments import group_scale, needs_exact, scaled, separate
 
 _SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
@@ -21,7 +21,6 @@ _SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
 def kernel(
     x,  # pointer [M, K / 2] int32: two elements in a word
     packed,  # pointer
-    exact,  # pointer: whether the weight needs exact decoding
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
     M,
@@ -34,11 +33,11 @@ def kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     blocks = (K + 127) // 128
-    words, scales = _load_weight(packed, 0, blocks, WARPS, A)  # on the way while `exact` is
-    if gl.load(exact) == 0:
-        total = _products(x, packed, out, words, scales, blocks, M, K, BM, WARPS, MMA, False)
-    else:
+    words, scales = _load_weight(packed, 0, blocks, WARPS, A)  # on the way while the branch waits
+    if needs_exact(packed, N, K, out.dtype.element_ty):
         total = _products(x, packed, out, words, scales, blocks, M, K, BM, WARPS, MMA, True)
+    else:
+        total = _products(x, packed, out, words, scales, blocks, M, K, BM, WARPS, MMA, False)
     total = gl.sum(total, 0)
     LAYOUT: gl.constexpr = gl.SliceLayout(0, MMA)
     n = gl.program_id(0) * 16 + gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))

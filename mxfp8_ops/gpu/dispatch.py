@@ -49,8 +49,9 @@ def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Ten
     if rows == 0:
         return x.new_empty((*x.shape[:-1], n))
     packed = _aligned(packed)
+    bias = None if bias is None else bias.contiguous()
     with _on(x.device):
-        kernels = _hopper_kernels(x.device) if x.dtype != torch.float32 else None
+        kernels = _hopper_kernels(x.device) if x.dtype != torch.float32 and packed.numel() < 2**31 else None
         if kernels is not None:
             try:
                 return kernels.linear(_aligned(x.reshape(rows, k)), packed, n, bias).view(*x.shape[:-1], n)

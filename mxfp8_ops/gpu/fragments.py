@@ -10,36 +10,30 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Words of a tile as a tensor [r65 4 or r654, r210, k5, k4, k3, k21], scales as [r654, r210, r3].
+# Words of a tile as a tensor [r654, r210, k5, k4, k3, k21], scales as [r654, r210, r3]: where each bit is, in order.
 _WORD_PLACE = ("k3", "k4", "k1", "k2", "r0", "r1", "r2", "r4", "r5", "k5", "r6")
 _SCALE_PLACE = ("r3", "r0", "r1", "r2", "r4", "r5", "r6")
 
 
-def _words_layout(rows: int) -> gl.SharedLinearLayout:
-    """Where TMA has put the words: in their order, but 16-byte chunks swizzled within each 1024 bytes."""
-    axis = {"r4": (0, 1), "r5": (0, 2), "r6": (0, 4), "r0": (1, 1), "r1": (1, 2), "r2": (1, 4), "k5": (2, 1)}
-    axis |= {"k4": (3, 1), "k3": (4, 1), "k1": (5, 1), "k2": (5, 2)}
-    bases = [[step if dim == i else 0 for i in range(6)] for dim, step in (axis[bit] for bit in _WORD_PLACE)]
-    for row_bit, chunk_bit in ((5, 2), (6, 3), (7, 4)):  # the chunk's number is xored with the row's number modulo 8
-        bases[row_bit] = [a + b for a, b in zip(bases[row_bit], _word_basis(axis, chunk_bit), strict=True)]
-    return gl.SharedLinearLayout(bases[: 10 + (rows == 128)], [], 1024)
+@gluon.constexpr_function
+def words_layout(rows):
+    """Where TMA has put the words of a tile: in their order, but 16-byte chunks swizzled within each 1024 bytes."""
+    axis = {"r4": (0, 1), "r5": (0, 2), "r6": (0, 4), "r0": (1, 1), "r1": (1, 2), "r2": (1, 4)}
+    axis |= {"k5": (2, 1), "k4": (3, 1), "k3": (4, 1), "k1": (5, 1), "k2": (5, 2)}
+    bases = [[axis[bit][1] if axis[bit][0] == i else 0 for i in range(6)] for bit in _WORD_PLACE]
+    swizzled = [list(basis) for basis in bases]
+    for row_bit, chunk_bit in ((5, 2), (6, 3), (7, 4)):  # a chunk's number is xored with its row's number modulo 8
+        swizzled[row_bit] = [a + b for a, b in zip(bases[row_bit], bases[chunk_bit], strict=True)]
+    return gl.SharedLinearLayout(swizzled[: 10 + rows // 128], [], 1024)
 
 
-def _word_basis(axis: dict[str, tuple[int, int]], bit: int) -> list[int]:
-    dim, step = axis[_WORD_PLACE[bit]]
-    return [step if dim == i else 0 for i in range(6)]
-
-
-def _scales_layout(rows: int) -> gl.SharedLinearLayout:
+@gluon.constexpr_function
+def scales_layout(rows):
+    """Where the scales of a tile are."""
     axis = {"r3": (2, 1), "r0": (1, 1), "r1": (1, 2), "r2": (1, 4), "r4": (0, 1), "r5": (0, 2), "r6": (0, 4)}
-    bases = [[step if dim == i else 0 for i in range(3)] for dim, step in (axis[bit] for bit in _SCALE_PLACE)]
-    return gl.SharedLinearLayout(bases[: 6 + (rows == 128)], [], 128)
+    bases = [[axis[bit][1] if axis[bit][0] == i else 0 for i in range(3)] for bit in _SCALE_PLACE]
+    return gl.SharedLinearLayout(bases[: 6 + rows // 128], [], 128)
 
-
-_WORDS_64 = gl.constexpr(_words_layout(64))
-_WORDS_128 = gl.constexpr(_words_layout(128))
-_SCALES_64 = gl.constexpr(_scales_layout(64))
-_SCALES_128 = gl.constexpr(_scales_layout(128))
 
 # Masks for both halves of a word, as the int32 that Triton takes.
 _IN_PLACE = gl.constexpr(0x87F087F0 - 2**32)
@@ -57,6 +51,14 @@ _SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
 
 @gluon.jit
+def needs_exact(packed, N, K, DTYPE: gl.constexpr):
+    """Whether the packed weight ``[N, K]`` has codes that need exact decoding in DTYPE: see its last row."""
+    blocks = (N + 127) // 128 * ((K + 127) // 128)
+    WORD: gl.constexpr = 0 if gl.bfloat16 == DTYPE else 1
+    return gl.load(packed + (blocks * (132 * 32) + WORD)) != 0
+
+
+@gluon.jit
 def weight_fragment(
     words, scales, HALF: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr
 ):
@@ -65,7 +67,7 @@ def weight_fragment(
     """
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     WORD: gl.constexpr = _any_words(ROWS, OPERAND).type.layout
-    word = words._reinterpret(gl.int32, [ROWS // 16, 8, 2, 2, 2, 4], _WORDS_64 if ROWS == 64 else _WORDS_128).load(WORD)
+    word = words._reinterpret(gl.int32, [ROWS // 16, 8, 2, 2, 2, 4], words_layout(ROWS)).load(WORD)
     one, other = _scale_words(scales, ROWS, WORD)
     scale_one = _scale_operand(one, HALF, word, WORD, DTYPE, EXACT)
     scale_other = _scale_operand(other, HALF, word, WORD, DTYPE, EXACT)
@@ -91,9 +93,7 @@ def _scale_words(scales, ROWS: gl.constexpr, WORD: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, WORD))))
     row = gl.full([ROWS // 16, 8], 0, gl.int32, ROW)
     BOTH: gl.constexpr = gl.join(row, row).type.layout
-    return gl.split(
-        scales._reinterpret(gl.int32, [ROWS // 16, 8, 2], _SCALES_64 if ROWS == 64 else _SCALES_128).load(BOTH)
-    )
+    return gl.split(scales._reinterpret(gl.int32, [ROWS // 16, 8, 2], scales_layout(ROWS)).load(BOTH))
 
 
 @gluon.jit

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from . import direct, skinny, tiles, tune, wide
+from .. import settings
+from . import direct, skinny, tiles, wide
 from .launch import box, launch
 from .plans import Direct, Plan, Skinny, Wide, candidates, plan
+from .tune import best
 
 _X = gl.NVMMASharedLayout(128, 16, 2)
 _ELEMENTS = gl.NVMMASharedLayout(128, 32, 2)
@@ -20,23 +24,39 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
     """``x [M, K]`` bfloat16 or float16, contiguous and at an address that is a multiple of 16, with M > 0; gives
     ``[M, n]``.
     """
-    m, k = x.shape
-    processors = _processors(x.device)
-    chosen = plan(m, n, k, processors)
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-
-    def run(chosen: Plan) -> None:
-        if isinstance(chosen, Direct):
-            _direct(chosen, x, packed, bias, out)
-        elif isinstance(chosen, Skinny):
-            _skinny(chosen, x, packed, bias, out)
-        else:
-            _wide(chosen, x, packed, bias, out)
-
-    bucket = max(8, 1 << (m - 1).bit_length())
-    chosen = tune.best("packed", (bucket, n, k, x.dtype), candidates(m, n, k, processors), chosen, run)
-    run(chosen)
+    out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    _run(_plan(x, packed, bias, out), x, packed, bias, out)
     return out
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def _plan(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> Plan:
+    """The table's plan, or the fastest one where ``MXFP8_AUTOTUNE`` is on when a problem is first met."""
+    (m, k), n = x.shape, out.shape[1]
+    problem = (x.device, x.dtype, m, n, k)
+    known = _plans.get(problem)
+    if known is not None:
+        return known
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    chosen = plan(m, n, k, processors)
+    if settings.autotune():
+        if torch.cuda.is_current_stream_capturing():
+            return chosen  # for now: it cannot be measured here
+        choices = candidates(m, n, k, processors)
+        chosen = best("packed", (m, n, k, x.dtype), choices, chosen, lambda p: _run(p, x, packed, bias, out))
+    _plans[problem] = chosen
+    return chosen
+
+
+def _run(chosen: Plan, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if isinstance(chosen, Direct):
+        _direct(chosen, x, packed, bias, out)
+    elif isinstance(chosen, Skinny):
+        _skinny(chosen, x, packed, bias, out)
+    else:
+        _wide(chosen, x, packed, bias, out)
 
 
 def _direct(chosen: Direct, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -44,7 +64,7 @@ def _direct(chosen: Direct, x: Tensor, packed: Tensor, bias: Tensor | None, out:
     launch(
         direct.kernel,
         (-(-n // 16),),
-        (x.view(torch.int32), packed, _exact(packed, x.dtype), x if bias is None else bias, out, m, n, k),
+        (x.view(torch.int32), packed, x if bias is None else bias, out, m, n, k),
         (chosen.rows, chosen.warps, bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
@@ -90,7 +110,7 @@ def _tiled(
             (x, box((chosen.rows, 64), _X), (m, k), (k, 1)),
             (packed, box((boxes[0], 32), _ELEMENTS), (rows, 32), (32, 1)),
             (packed, box((boxes[1], 32), _SCALES), (rows, 32), (32, 1)),
-            _exact(packed, x.dtype),
+            packed,
             offset,
             out,
             partial,
@@ -111,12 +131,3 @@ def _tiled(
             (partial, offset, out, m, n, whole, chosen.parts),
             (chosen.rows, columns, _COLUMNS, bias is not None),
         )
-
-
-def _exact(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the packed tensor tells whether its codes need exact decoding for x's dtype."""
-    return packed[-1, 0 if dtype == torch.bfloat16 else 1 :]
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

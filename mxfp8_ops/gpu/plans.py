@@ -1,8 +1,8 @@
 """Which kernel multiplies a packed weight, and how it is cut up: a table of what was fastest, by rules.
 
-Measured on an H100 (132 multiprocessors) with weights from 1024x4096 to 28672x8192. The rules speak of how many programs
-there are for a chip, so they hold for other shapes and for Hopper chips of other sizes. ``MXFP8_AUTOTUNE=1`` measures
-the plans of ``candidates`` instead.
+Measured on an H100 (132 multiprocessors) with weights from 1024x4096 to 28672x8192. The rules speak of how many
+programs there are for a chip, so they hold for other shapes and for Hopper chips of other sizes. ``MXFP8_AUTOTUNE=1``
+measures the plans of ``candidates`` instead.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def candidates(m: int, n: int, k: int, processors: int) -> Sequence[Plan]:
             128: ((2, 1, 4, 240, 0), (1, 2, 4, 168, 0), (2, 1, 3, 240, 0)),
         }[rows]
         parts = [p for p in (1, 2, 3, 4, 6, 8) if p <= blocks]
-        return [Skinny(rows, *shape, parts=p) for shape in shapes for p in parts]
+        few = [p for p in parts if p == 1 or p * _divided(n, 64) <= 8 * processors]
+        return [Skinny(rows, *shape, parts=p) for shape in shapes for p in few]
     return _wide_choices(m, n, k, processors)
 
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .fragments import weight_fragment
+from .fragments import needs_exact, weight_fragment
 from .tiles import barrier, part_of_tile, place_of_tile, store_part, store_tile
 
 LOADER_REGISTERS = gl.constexpr(24)
@@ -31,7 +31,7 @@ def kernel(
     x,  # TMA descriptor, [M, K], boxes of [BM, 64]
     elements,  # TMA descriptor, [rows, 32] int32, boxes of [32, 32]
     scales,  # TMA descriptor, the same tensor, boxes of [2, 32]
-    exact,  # pointer: whether the weight needs exact decoding
+    packed,  # pointer to that tensor
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
     partial,  # pointer [parts of tiles, 64 * R, BM] float32, or to anything
@@ -70,7 +70,7 @@ def kernel(
     fence_async_shared()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
-    result = (exact, bias, out, partial, sums, summed, M, N, row, column, part)
+    result = (packed, bias, out, partial, sums, summed, M, N, K, row, column, part)
     work = (row, column // 64, first, steps, blocks)
     config: gl.constexpr = (BM, R, S, STAGES, HAS_BIAS)
     if R * S == 1:
@@ -140,7 +140,7 @@ def _consume(
     config: gl.constexpr,
 ):
     """Four warps: 64 rows of the weight by BM rows of x, over every S-th stage; then the sum goes its way."""
-    exact, bias, out, partial, sums, summed, M, N, row, column, part = result
+    packed, bias, out, partial, sums, summed, M, N, K, row, column, part = result
     BM: gl.constexpr = config[0]
     R: gl.constexpr = config[1]
     S: gl.constexpr = config[2]
@@ -149,10 +149,10 @@ def _consume(
     r: gl.constexpr = consumer % R
     s: gl.constexpr = consumer // R
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    if gl.load(exact) == 0:
-        total = _products(stages, steps, r, s, BM, R, S, STAGES, MMA, False)
-    else:
+    if needs_exact(packed, N, K, out.dtype.element_ty):
         total = _products(stages, steps, r, s, BM, R, S, STAGES, MMA, True)
+    else:
+        total = _products(stages, steps, r, s, BM, R, S, STAGES, MMA, False)
     if S > 1:
         if s > 0:
             sums.index((s - 1) * R + r).store(total)

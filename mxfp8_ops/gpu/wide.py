@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .fragments import weight_fragment
+from .fragments import needs_exact, weight_fragment
 from .tiles import barrier, part_of_tile, place_of_tile, store_part, store_tile
 
 
@@ -27,7 +27,7 @@ def kernel(
     x,  # TMA descriptor, [M, K], boxes of [BM, 64]
     elements,  # TMA descriptor, [rows, 32] int32, boxes of [64, 32]
     scales,  # TMA descriptor, the same tensor, boxes of [4, 32]
-    exact,  # pointer: whether the weight needs exact decoding
+    packed,  # pointer to that tensor
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
     partial,  # pointer [parts of tiles, 128, BM] float32, or to anything
@@ -57,10 +57,10 @@ def kernel(
     for i in gl.static_range(STAGES - 1):
         _load(sources, stages, i, i, BM)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 16])
-    if gl.load(exact) == 0:
-        total = _products(sources, stages, steps, BM, STAGES, MMA)
-    else:
+    if needs_exact(packed, N, K, x.dtype):
         total = _exact_products(sources, stages, steps, BM, STAGES, MMA)
+    else:
+        total = _products(sources, stages, steps, BM, STAGES, MMA)
     barrier()
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(full.index(i))  # storing may take these bytes as scratch memory

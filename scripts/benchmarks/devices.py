@@ -1,0 +1,117 @@
+"""A device to measure: whether it is there, how it times, and what it needs beside torch's own operators."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .options import Record
+from .timing import CudaTimer, Timer
+
+
+class Device(ABC):
+    """Where the benchmark runs. Another one is a subclass, an entry in ``DEVICES``, and its name in ``options``."""
+
+    place: ClassVar[str]
+    """Where torch makes tensors."""
+    rotated_bytes: ClassVar[int]
+    """More than its caches hold."""
+    read_configurations: ClassVar[Sequence[Any]]
+    """Ways of ``read``, of which the fastest counts."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.timer = timer
+
+    @classmethod
+    @abstractmethod
+    def open(cls) -> Device:
+        """The device, with its timer."""
+
+    @classmethod
+    @abstractmethod
+    def missing(cls) -> str | None:
+        """Why it cannot be measured here, None if it can."""
+
+    @abstractmethod
+    def environment(self) -> Record:
+        """Its name under "device", and versions of what decides about speed."""
+
+    @abstractmethod
+    def read(self, words: Tensor, configuration: Any) -> None:
+        """Reads the int32 tensor and does next to nothing with it."""
+
+    def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        torch.compiler.reset()  # every weight has its own code: no limit of recompiles is met
+        return torch.compile(function, dynamic=False)
+
+    def copies(self, size: int) -> int:
+        """How many weights of ``size`` bytes are more than the caches hold."""
+        return max(3, self.rotated_bytes // size + 1)
+
+    @abstractmethod
+    def release(self) -> None:
+        """Gives back memory that is not in use."""
+
+
+class Cuda(Device):
+    place = "cuda"
+    rotated_bytes = 300 << 20
+    read_configurations = ((2048, 4), (4096, 2), (1024, 4))
+
+    @classmethod
+    def open(cls) -> Cuda:
+        return cls(CudaTimer(torch.cuda))
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "the package triton is not installed"
+        return None
+
+    def environment(self) -> Record:
+        import triton
+
+        name = torch.cuda.get_device_name()
+        found = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+        switches = {name: value for name, value in os.environ.items() if name.startswith("MXFP8_")}
+        return found | {"python": platform.python_version(), "clocks": self._clocks(), "switches": switches}
+
+    def read(self, words: Tensor, configuration: tuple[int, int]) -> None:
+        from . import reading
+
+        reading.read(words, *configuration)
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+    def _clocks(self) -> Record | None:
+        """MHz of the multiprocessors while they multiply, and at most; None where nvidia-smi does not tell."""
+        one = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+        for _ in range(500):  # some 0.8 s, in which nvidia-smi looks
+            one @ one
+        query = ["--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
+        which = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+        try:
+            result = subprocess.run(
+                ["nvidia-smi", which, *query], capture_output=True, text=True, timeout=20, check=True
+            )
+            now, most = map(int, result.stdout.split(","))
+        except (OSError, subprocess.SubprocessError, ValueError):
+            return None
+        finally:
+            torch.cuda.synchronize()
+        return {"sm": now, "sm_max": most}
+
+
+DEVICES: dict[str, type[Device]] = {"cuda": Cuda}

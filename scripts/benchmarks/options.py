@@ -1,0 +1,96 @@
+"""What a run measures, and what a stored run looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Shape: TypeAlias = tuple[int, int]
+Record: TypeAlias = dict[str, Any]
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672), (1024, 4096))
+ROWS = tuple(1 << i for i in range(14))
+QUICK_SHAPES = ((4096, 4096), (28672, 8192))
+QUICK_ROWS = (1, 4, 16, 64, 256, 2048)
+EMULATED_ROWS = (1, 64, 1024)
+"""Rows of x for which the emulation is measured: it is slow, and every one of them is a compile."""
+HOST_SHAPE = (1024, 4096)
+
+SECTIONS = ("elementwise", "linear", "host", "cliffs")
+DEVICES = ("cuda",)
+DTYPES = ("bfloat16", "float16")
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        shapes: ``(N, K)`` of the weights.
+        rows: of x, M.
+        emulated: those of ``rows`` for which the emulation is measured.
+        replays: timed rounds, of which the median counts.
+        cliff_rows: the M of the section ``cliffs``, which is measured on the first shape.
+    """
+
+    shapes: Sequence[Shape] = SHAPES
+    rows: Sequence[int] = ROWS
+    dtype: str = "bfloat16"
+    sections: Sequence[str] = SECTIONS
+    emulated: Sequence[int] = EMULATED_ROWS
+    replays: int = 11
+    cliff_rows: Sequence[int] = tuple(range(1, 301))
+
+
+class Run:
+    """A run as data: where it was made, what it measured, and the records of every section.
+
+    With a path, every record is stored as soon as it is there, so that a killed run loses nothing.
+    """
+
+    def __init__(self, environment: Record, options: Options, path: Path | None = None) -> None:
+        self.path = path
+        self.data: Record = {
+            "format": FORMAT,
+            "environment": environment,
+            "options": asdict(options),
+            "sections": {name: [] for name in options.sections},
+        }
+        self._store()
+
+    def add(self, section: str, record: Record) -> None:
+        self.data["sections"][section].append(record)
+        self._store()
+
+    def _store(self) -> None:
+        if self.path is None:
+            return
+        unfinished = self.path.with_name(self.path.name + ".unfinished")
+        unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(unfinished, self.path)
+
+
+def load(path: Path) -> Record:
+    """The data of a stored run.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: it holds something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("sections"), dict):
+        raise ValueError(f"{path} is not a run of this benchmark (format {FORMAT})")
+    return data
+
+
+def shapes_of(records: Iterable[Record]) -> list[Shape]:
+    """The shapes of some records, each once, in their order."""
+    return list(dict.fromkeys((record["n"], record["k"]) for record in records))

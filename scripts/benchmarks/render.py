@@ -1,0 +1,243 @@
+"""A run as text: one line for each record while it goes on, and Markdown afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from . import bars
+from .options import HOST_SHAPE, Record, shapes_of
+
+MOST_ROWS_IN_R = 16
+"""Up to so many rows of x, reading the weight is what takes time, and R says how good a kernel is."""
+OURS = ("packed", "canonical")
+BASELINES = ("folded", "emulated", "emulated, compiled")
+
+
+# --- one record ----------------------------------------------------------------------------------------------
+
+
+def line(section: str, record: Record) -> str:
+    return f"{section:<12}" + _LINES[section](record)
+
+
+def _elementwise_line(record: Record) -> str:
+    cells = [f"{name} {_fraction(record, name)}" for name in record["fractions"]]
+    return f"{_shape(record):<12} of a copy: {', '.join(cells)} | copy {_us(record, 'copy')} us, {_spread(record)}"
+
+
+def _linear_line(record: Record) -> str:
+    unit = "R" if record["m"] <= MOST_ROWS_IN_R else "B"
+    cells = [f"{name} {_ratio(record, name, unit)}" for name in OURS]
+    cells += [f"{name} {_ratio(record, name, 'B')}" for name in BASELINES if name in record["times"]]
+    times = "  ".join(f"{name} {_us(record, name)}" for name in ("R", "B"))
+    return f"{_shape(record):<12} M={record['m']:<5} {'  '.join(cells)} | us: {times}, {_spread(record)}"
+
+
+def _host_line(record: Record) -> str:
+    return f"{record['mode']:<15} us: " + "  ".join(f"{name} {us:.1f}" for name, us in record["us"].items())
+
+
+def _cliffs_line(record: Record) -> str:
+    (largest, ratio), *_ = _cliffs(record, 0)
+    found = ", ".join(f"M={m} ({r:.2f})" for m, r in sorted(_cliffs(record, bars.CLIFF))) or "none"
+    return f"{_shape(record):<12} largest ratio to a neighbour {ratio:.2f} at M={largest}; over {bars.CLIFF}: {found}"
+
+
+_LINES = {"elementwise": _elementwise_line, "linear": _linear_line, "host": _host_line, "cliffs": _cliffs_line}
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+
+def markdown(run: Record) -> str:
+    """The page of a run, complete or not."""
+    lines = [f"# {run['environment']['device']}", "", header(run), "", *_method(run), "", *_verdict(run)]
+    for section, records in run["sections"].items():
+        if records:
+            lines += ["", *_PAGES[section](records)]
+    return "\n".join(lines) + "\n"
+
+
+def header(run: Record) -> str:
+    environment = run["environment"]
+    parts = [f"torch {environment['torch']}", f"triton {environment['triton']}", f"CUDA {environment['cuda']}"]
+    clocks = environment.get("clocks")
+    if clocks:
+        parts.append(f"SM clock {clocks['sm']} MHz under load, at most {clocks['sm_max']} MHz")
+    parts += [f"{name}={value}" for name, value in environment.get("switches", {}).items()]
+    return ", ".join([*parts, environment["date"], f"`{environment['command']}`"])
+
+
+def summary(run: Record) -> str:
+    checked = [verdict for record in _barred(run) for verdict in bars.verdicts(record)]
+    return f"{sum(verdict.missed for verdict in checked)} of {len(checked)} bars missed"
+
+
+def _method(run: Record) -> Iterator[str]:
+    options = run["options"]
+    yield f"Medians over {options['replays']} replays of CUDA graphs, in which a call rotates through weights (and"
+    yield "results) that together are larger than any cache. What stands in one row was measured in turns: all graphs"
+    yield "once, then all again. The spread is the largest interquartile range of a row, in percent of its median."
+
+
+def _verdict(run: Record) -> Iterator[str]:
+    missed = [verdict for record in _barred(run) for verdict in bars.verdicts(record) if verdict.missed]
+    if not any(True for record in _barred(run) for _ in bars.verdicts(record)):
+        yield "No bar of the project applies to these shapes."
+        return
+    yield summary(run) + (", marked with `!`:" if missed else ".")
+    if missed:
+        yield ""
+        yield from (f"- {verdict}" for verdict in missed)
+
+
+def _elementwise_page(records: Sequence[Record]) -> Iterator[str]:
+    yield "## Dequant and quantize"
+    yield ""
+    yield "Time of a copy of as many bytes over the operator's, so 100% is the speed of a copy, and more is better."
+    yield ""
+    names = list(records[0]["fractions"])
+    yield from _head("N x K", *names, "copy, us", *(f"{name}, us" for name in names), "spread")
+    for record in records:
+        times = [_us(record, name) for name in ("copy", *names)]
+        yield _row(_spaced(record), *(_fraction(record, name) for name in names), *times, _spread(record))
+
+
+def _linear_page(records: Sequence[Record]) -> Iterator[str]:
+    yield "## Linear"
+    yield ""
+    yield "R is the time of a kernel that only reads as many bytes as the packed weight has, B that of `F.linear` on a"
+    yield "weight of x's dtype. Ratios are times, so less is better, and 1.00 R is all that memory allows."
+    shapes = shapes_of(records)
+    by_cell = {(record["n"], record["k"], record["m"]): record for record in records}
+    rows = sorted({record["m"] for record in records})
+    for name, title in (("packed", "`linear_packed`"), ("canonical", "`linear`, on the canonical weight")):
+        yield from ("", f"### {title}", "")
+        yield from _head("M", *(f"{n} x {k}" for n, k in shapes))
+        for m in rows:
+            found = [by_cell.get((*shape, m)) for shape in shapes]
+            yield _row(str(m), *("" if record is None else _ratios(record, name) for record in found))
+    for n, k in shapes:
+        yield from ("", f"### {n} x {k}", "")
+        yield from _linear_table([record for record in records if (record["n"], record["k"]) == (n, k)])
+    yield ""
+    yield "Folded: `F.linear` on the dequantized weight. Emulated: the weight dequantized in every call by torch's"
+    yield "operators, as vLLM's emulation does, eagerly and under `torch.compile`. Error: relative, in the Frobenius"
+    yield "norm, against the product in float64 with the same weight."
+
+
+def _linear_table(records: Sequence[Record]) -> Iterator[str]:
+    baselines = [name for name in BASELINES if any(name in record["times"] for record in records)]
+    timed = ("R", "B", *OURS)
+    errors = ("packed", "canonical", "B")
+    yield from _head(
+        "M", *OURS, *baselines, *(f"{name}, us" for name in timed), "spread", *(f"error of {name}" for name in errors)
+    )
+    for record in records:
+        yield _row(
+            str(record["m"]),
+            *(_ratios(record, name) for name in OURS),
+            *(_ratio(record, name, "B") if name in record["times"] else "" for name in baselines),
+            *(_us(record, name) for name in timed),
+            _spread(record),
+            *(f"{record['errors'][name]:.2e}" for name in errors),
+        )
+
+
+def _host_page(records: Sequence[Record]) -> Iterator[str]:
+    yield "## Time of the host"
+    yield ""
+    shape = f"{HOST_SHAPE[0]} x {HOST_SHAPE[1]}"
+    yield f"Microseconds that an eager call keeps the CPU busy, {shape}, M=1: many calls in a row, without waiting for"
+    yield "the device; the best of several batches. Kernels that take less time than this gain from CUDA graphs."
+    yield ""
+    names = list(records[0]["us"])
+    yield from _head("", *(f"`{name}`" for name in names))
+    for record in records:
+        yield _row(f"`{record['mode']}`", *(f"{record['us'][name]:.1f}" for name in names))
+
+
+def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
+    yield "## Cliffs"
+    yield ""
+    yield f"Numbers of rows for which `linear_packed` takes more than {bars.CLIFF} times as long as for the next"
+    yield "smaller or larger one that was measured."
+    for record in records:
+        rows = sorted(map(int, record["times"]))
+        (largest, ratio), *_ = _cliffs(record, 0)
+        yield ""
+        yield f"{_spaced(record)}, M = {_series(rows)}: the largest ratio is {ratio:.2f}, at M={largest}."
+        found = sorted(_cliffs(record, bars.CLIFF))
+        if found:
+            yield ""
+            yield from _head("M", "ratio", "us", "us before", "us after")
+            for m, each in found:
+                i = rows.index(m)
+                around = [rows[j] if 0 <= j < len(rows) else None for j in (i, i - 1, i + 1)]
+                times = ["" if at is None else f"{record['times'][str(at)]['us']:.2f}" for at in around]
+                yield _row(str(m), f"{each:.2f}", *times)
+
+
+_PAGES = {"elementwise": _elementwise_page, "linear": _linear_page, "host": _host_page, "cliffs": _cliffs_page}
+
+
+# --- cells ---------------------------------------------------------------------------------------------------
+
+
+def _shape(record: Record) -> str:
+    return f"{record['n']}x{record['k']}"
+
+
+def _spaced(record: Record) -> str:
+    return f"{record['n']} x {record['k']}"
+
+
+def _us(record: Record, column: str) -> str:
+    return f"{record['times'][column]['us']:.2f}"
+
+
+def _spread(record: Record) -> str:
+    return f"{max(time['spread'] for time in record['times'].values()):.1f}%"
+
+
+def _fraction(record: Record, column: str) -> str:
+    verdict = bars.missed(record, column)
+    value = record["fractions"][column]
+    return bars.fraction(value) if verdict is None else bars.fraction(value, verdict.limit) + "!"
+
+
+def _ratios(record: Record, column: str) -> str:
+    units = ("R", "B") if record["m"] <= MOST_ROWS_IN_R else ("B",)
+    return ", ".join(_ratio(record, column, unit) for unit in units)
+
+
+def _ratio(record: Record, column: str, unit: str) -> str:
+    verdict = bars.missed(record, column, (unit,))
+    value = record["ratios"][column][unit]
+    if verdict is None:
+        return f"{bars.ratio(value)} {unit}"
+    return f"{bars.ratio(value, verdict.limit)} {unit}!"
+
+
+def _cliffs(record: Record, over: float) -> list[tuple[int, float]]:
+    """Numbers of rows and their ratios, the largest first."""
+    found = [(int(m), ratio) for m, ratio in record["ratios"].items() if ratio > over]
+    return sorted(found, key=lambda each: -each[1])
+
+
+def _series(rows: Sequence[int]) -> str:
+    return f"{rows[0]}, {rows[1]}, ..., {rows[-1]}"
+
+
+def _head(*cells: str) -> Iterator[str]:
+    yield _row(*cells)
+    yield "|" + "---|" * len(cells)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _barred(run: Record) -> Iterable[Record]:
+    sections = run["sections"]
+    return [*sections.get("elementwise", ()), *sections.get("linear", ())]

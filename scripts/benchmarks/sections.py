@@ -1,0 +1,197 @@
+"""What is measured: four sections, each a generator of records (see ``SECTIONS`` at the end)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mxfp8_ops
+
+from .devices import Device
+from .options import HOST_SHAPE, Options, Record, Shape
+from .timing import Calls, cliffs, summary
+
+ERROR_ROWS = 256
+"""Rows of a result that are compared with float64, spread evenly."""
+
+
+def elementwise(device: Device, options: Options) -> Iterator[Record]:
+    """Dequant and quantize, as fractions of the speed of a copy of as many bytes, once for each shape."""
+    for n, k in options.shapes:
+        moved = n * k * 3 + n * k // 32
+        pairs = torch.empty(device.copies(moved), 2, moved // 2, dtype=torch.uint8, device=device.place)
+        dense = [_dense(device, n, k, torch.bfloat16) for _ in range(device.copies(moved))]
+        weights = [mxfp8_ops.quantize(each) for each in dense]
+        columns = {
+            "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
+            "dequant to bfloat16": [lambda w=w: mxfp8_ops.dequant(*w, torch.bfloat16) for w in weights],
+            "dequant to float16": [lambda w=w: mxfp8_ops.dequant(*w, torch.float16) for w in weights],
+            "quantize from bfloat16": [lambda d=d: mxfp8_ops.quantize(d) for d in dense],
+        }
+        times = _times(device, columns, options)
+        copy = times["copy"]["us"]
+        fractions = {name: round(copy / times[name]["us"], 4) for name in columns if name != "copy"}
+        yield {"n": n, "k": k, "bytes": moved, "times": times, "fractions": fractions}
+        del pairs, dense, weights, columns
+        device.release()
+
+
+def linear(device: Device, options: Options) -> Iterator[Record]:
+    """Everything that multiplies, side by side, once for each shape and number of rows."""
+    for shape in options.shapes:
+        weights = _weights(device, shape, options)
+        reads = _fastest_read(device, weights, options)
+        emulate = device.compile(emulated_linear) if options.emulated else None
+        for m in options.rows:
+            x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
+            columns = {"R": reads, **_multiplications(weights, x)}
+            if emulate is not None and m in options.emulated:
+                columns["emulated"] = [lambda w=w, x=x: emulated_linear(x, *w.canonical) for w in weights]
+                columns["emulated, compiled"] = [lambda w=w, x=x, f=emulate: f(x, *w.canonical) for w in weights]
+            times = _times(device, columns, options)
+            yield {
+                "n": shape[0],
+                "k": shape[1],
+                "m": m,
+                "times": times,
+                "ratios": {
+                    name: {unit: round(times[name]["us"] / times[unit]["us"], 4) for unit in ("R", "B")}
+                    for name in columns
+                },
+                "errors": _errors(weights[0], x),
+            }
+            del x, columns
+        del weights, reads
+        device.release()
+
+
+def host(device: Device, options: Options) -> Iterator[Record]:
+    """Eager host time of a call, with work for the device that takes less."""
+    shape = HOST_SHAPE
+    weight = Weight.random(device, shape, _dtype(options))
+    x = torch.randn(1, shape[1], dtype=_dtype(options), device=device.place)
+    calls = {
+        "linear_packed": lambda: mxfp8_ops.linear_packed(x, weight.packed, shape[0]),
+        "linear": lambda: mxfp8_ops.linear(x, *weight.canonical),
+        "dequant": lambda: mxfp8_ops.dequant(*weight.canonical, x.dtype),
+        "F.linear": lambda: F.linear(x, weight.dense),
+    }
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            times = device.timer.host(calls)
+        yield {
+            "n": shape[0],
+            "k": shape[1],
+            "m": 1,
+            "mode": mode.__name__,
+            "us": {n: round(t, 3) for n, t in times.items()},
+        }
+
+
+def cliff(device: Device, options: Options) -> Iterator[Record]:
+    """Numbers of rows that take much longer than a neighbour, on the first shape."""
+    shape = options.shapes[0]
+    weights = _weights(device, shape, options)
+    columns = {}
+    for m in options.cliff_rows:
+        x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
+        columns[str(m)] = [lambda w=w, x=x: mxfp8_ops.linear_packed(x, w.packed, shape[0]) for w in weights]
+    times = _times(device, columns, options)
+    ratios = cliffs({int(m): time["us"] for m, time in times.items()})
+    yield {"n": shape[0], "k": shape[1], "times": times, "ratios": {str(m): round(r, 4) for m, r in ratios.items()}}
+    device.release()
+
+
+def emulated_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """What vLLM's emulation computes: the weight dequantized in every call by torch's operators, then ``F.linear``."""
+    blocks = weight.to(torch.float32).view(weight.shape[0], -1, 32)
+    factors = torch.exp2(scale.to(torch.float32) - 127)
+    return F.linear(x, (blocks * factors[:, :, None]).view(weight.shape).to(x.dtype))
+
+
+# --- weights -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight in every form: ``dense [N, K]`` as it was, canonical ``(weight, scale)``, packed, and dequantized."""
+
+    dense: Tensor
+    canonical: tuple[Tensor, Tensor]
+    packed: Tensor
+    folded: Tensor
+
+    @staticmethod
+    def random(device: Device, shape: Shape, dtype: torch.dtype) -> Weight:
+        dense = _dense(device, *shape, dtype)
+        canonical = mxfp8_ops.quantize(dense)
+        return Weight(dense, canonical, mxfp8_ops.pack(*canonical), mxfp8_ops.dequant(*canonical, dtype))
+
+
+def _dense(device: Device, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, k, dtype=dtype, device=device.place).mul_(k**-0.5)
+
+
+def _weights(device: Device, shape: Shape, options: Options) -> list[Weight]:
+    return [Weight.random(device, shape, _dtype(options)) for _ in range(device.copies(shape[0] * shape[1]))]
+
+
+def _dtype(options: Options) -> torch.dtype:
+    return getattr(torch, options.dtype)
+
+
+# --- columns -------------------------------------------------------------------------------------------------
+
+
+def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Calls]:
+    n = weights[0].dense.shape[0]
+    return {
+        "B": [lambda w=w: F.linear(x, w.dense) for w in weights],
+        "packed": [lambda w=w: mxfp8_ops.linear_packed(x, w.packed, n) for w in weights],
+        "canonical": [lambda w=w: mxfp8_ops.linear(x, *w.canonical) for w in weights],
+        "folded": [lambda w=w: F.linear(x, w.folded) for w in weights],
+    }
+
+
+def _fastest_read(device: Device, weights: list[Weight], options: Options) -> Calls:
+    ways = {
+        str(way): [lambda w=w, way=way: device.read(w.packed, way) for w in weights]
+        for way in device.read_configurations
+    }
+    times = _times(device, ways, options)
+    return ways[min(times, key=lambda way: times[way]["us"])]
+
+
+def _times(device: Device, columns: dict[str, Calls], options: Options) -> dict[str, dict[str, float]]:
+    samples = device.timer.interleaved(columns, options.replays)
+    return {name: summary(samples[name]) for name in columns}
+
+
+def _errors(weight: Weight, x: Tensor) -> dict[str, float]:
+    """Relative Frobenius error, each against the float64 product with its own weight."""
+    rows = torch.linspace(0, len(x) - 1, min(len(x), ERROR_ROWS), device=x.device).long()
+    results = {name: calls[0]()[rows].double() for name, calls in _multiplications([weight], x).items()}
+    exact = x[rows].double() @ mxfp8_ops.dequant(*weight.canonical, torch.float32).double().T
+    dense = x[rows].double() @ weight.dense.double().T
+    expected = {"packed": exact, "canonical": exact, "B": dense}
+    return {name: float(f"{(results[name] - e).norm() / e.norm():.3e}") for name, e in expected.items()}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the benchmark: its records, and how many there will be."""
+
+    measure: Callable[[Device, Options], Iterator[Record]]
+    count: Callable[[Options], int]
+
+
+SECTIONS = {
+    "elementwise": Section(elementwise, lambda options: len(options.shapes)),
+    "linear": Section(linear, lambda options: len(options.shapes) * len(options.rows)),
+    "host": Section(host, lambda options: 2),
+    "cliffs": Section(cliff, lambda options: 1),
+}

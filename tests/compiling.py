@@ -1,0 +1,150 @@
+"""The kernels on packed weights compiled for Hopper where there is none, as ``mxfp8_ops.gpu.packed`` launches them;
+and weights for tests of them. Needs Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from helpers import expected_from_float64
+from torch import Tensor
+
+from mxfp8_ops import packing
+from mxfp8_ops.gpu import packed, plans
+
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have on Hopper."""
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+def one_code_a_row(scales: Sequence[int], k: int, nan: bool = True) -> tuple[Tensor, Tensor]:
+    """``weight [rows, k]`` and ``scale [rows, k/32]``: every element under each of the scales, NaN only if asked for,
+    has a row to itself, in changing places between zeros. So linear of ones gives what each code means: no NaN of a
+    neighbour hides it.
+    """
+    codes = torch.tensor([code for code in range(256) if nan or code & 0x7F != 0x7F], dtype=torch.uint8)
+    element = codes.repeat(len(scales))
+    scale = torch.tensor(scales, dtype=torch.uint8).repeat_interleave(len(codes))
+    rows = torch.arange(len(element))
+    weight = torch.zeros(len(element), k, dtype=torch.uint8)
+    weight[rows, (rows + rows // 256 * 37) % k] = element
+    return weight.view(torch.float8_e4m3fn), scale[:, None].repeat(1, k // 32)
+
+
+def what_codes_mean(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows]``: the sums of the rows that ``one_code_a_row`` gives, which are never -0."""
+    return (expected_from_float64(weight, scale, dtype).double().sum(-1) + 0.0).to(dtype)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arguments of ``launch``."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    num_warps: int = 4
+    maxnreg: int | None = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by the names of the kernel's parameters."""
+        return dict(zip(self.kernel.arg_names, (*self.args, *self.constants), strict=True))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes from a multiprocessor, and what the assembler said about it."""
+
+    ptx: str
+    shared: int
+    registers: int
+    spilled: int
+    threads: int
+    log: str
+
+
+def launches(
+    plan: plans.Plan, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, bias: bool = False
+) -> list[Launch]:
+    """What a plan launches for ``x [m, k]`` and a packed weight ``[n, k]``, of which nothing is computed."""
+    recorded: list[Launch] = []
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
+        x, weight = torch.empty(m, k, dtype=dtype), torch.empty(packing.packed_shape(n, k), dtype=torch.int32)
+        packed._run(plan, x, weight, torch.empty(n, dtype=dtype) if bias else None, torch.empty(m, n, dtype=dtype))
+    return recorded
+
+
+def one_tile(plan: plans.Plan) -> plans.Plan:
+    """The plan without what is no constant of its kernel: parts of tiles."""
+    if isinstance(plan, plans.Skinny):
+        return replace(plan, parts=1)
+    return replace(plan, parts=1, split=0) if isinstance(plan, plans.Wide) else plan
+
+
+def compile_for_hopper(launch: Launch, folder: Path) -> Compiled:
+    """Compiles with Triton, which builds on numbers that are 1 or multiples of 16; assembles once more to see a log."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel, names = launch.kernel, launch.kernel.arg_names
+    specialized = [not parameter.do_not_specialize for parameter in kernel.params[: len(launch.args)]]
+    constants = {i: arg for i, arg in enumerate(launch.args) if specialized[i] and isinstance(arg, int) and arg == 1}
+    constants |= {len(launch.args) + i: value for i, value in enumerate(launch.constants)}
+    multiples = [i for i, arg in enumerate(launch.args) if _is_multiple_of_16(arg) and specialized[i]]
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel,
+        {name: "constexpr" if i in constants else _type(launch.args[i]) for i, name in enumerate(names)},
+        constexprs={(i,): value for i, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
+    )
+    options = {"num_warps": launch.num_warps} | ({"maxnreg": launch.maxnreg} if launch.maxnreg else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a version of Triton has to say about its own future
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    path = folder / "kernel.ptx"
+    path.write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(folder / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Compiled(
+        ptx=compiled.asm["ptx"],
+        shared=compiled.metadata.shared,
+        registers=_number(r"Used (\d+) registers", done.stderr),
+        spilled=_number(r"(\d+) bytes stack frame", done.stderr) + _number(r"(\d+) bytes spill stores", done.stderr),
+        threads=_number(r"\.reqntid (\d+)", compiled.asm["ptx"]),
+        log=done.stderr,
+    )
+
+
+def _type(arg: Any) -> str:
+    if isinstance(arg, Tensor):
+        return f"*{_TYPES[arg.dtype]}"
+    if isinstance(arg, tuple):
+        tensor, box = arg[:2]
+        return f"tensordesc<{_TYPES[tensor.dtype]}{list(box.block)},{box.layout!r}>"
+    return "i32"
+
+
+def _is_multiple_of_16(arg: Any) -> bool:
+    return isinstance(arg, Tensor) or (isinstance(arg, int) and arg % 16 == 0)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern!r} in {text[-2000:]}"
+    return int(found[1])
