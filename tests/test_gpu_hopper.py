@@ -418,7 +418,7 @@ def test_direct_decodes_every_element(simulated: SimpleNamespace, dtype: torch.d
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device that dispatch takes for a Hopper chip, whose fallback is computed on the CPU."""
-    monkeypatch.setattr(dispatch, "_hopper", True)
+    monkeypatch.setattr(dispatch, "_gluon", True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_on", lambda device: contextlib.nullcontext())
@@ -441,7 +441,7 @@ def test_a_triton_without_gluon_is_one_warning_and_no_kernels(
     hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_kernels(monkeypatch, None)
-    with pytest.warns(UserWarning, match="dequantized in every call: kernels for Hopper fail"):
+    with pytest.warns(UserWarning, match="kernels in Gluon fail"):
         assert dispatch._hopper_kernels(hopper) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

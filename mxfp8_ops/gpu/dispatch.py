@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +31,32 @@ def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """See ``mxfp8_ops.reference.linear``. A few rows are computed from the packed weight; for more, the weight is
+    """See ``mxfp8_ops.reference.linear``. Some rows are computed from the one-byte weight; for more, the weight is
     dequantized as a whole first.
     """
     n, k = weight.shape
     rows = x.numel() // k
-    if not 1 <= rows <= gemv.MAX_ROWS:
-        return F.linear(x, dequant(weight, scale, x.dtype), bias).contiguous()
     with _on(x.device):
-        out = gemv.linear(x.reshape(rows, k).contiguous(), weight, scale, bias, _converts_e4m3(x.device))
-    return out.view(*x.shape[:-1], n)
+        if 1 <= rows <= gemv.MAX_ROWS and (rows <= _GEMV_ROWS or x.dtype == torch.float32):
+            flat = x.reshape(rows, k).contiguous()
+            return gemv.linear(flat, weight, scale, bias, _converts_e4m3(x.device)).view(*x.shape[:-1], n)
+        if 1 <= rows <= _MMA_ROWS and x.dtype != torch.float32 and weight.numel() < 2**31:
+            kernels = _gluon_kernels("mma") if _converts_e4m3(x.device) else None
+            if kernels is not None:
+                plan = kernels.plan(rows, n, k, _processors(x.device))
+                offset = None if bias is None else bias.contiguous()
+                arguments = _aligned(x.reshape(rows, k)), _aligned(weight), scale.contiguous(), offset, plan
+                out = _or_none(kernels.linear, *arguments)
+                if out is not None:
+                    return out.view(*x.shape[:-1], n)
+        if 1 <= rows <= gemv.MAX_ROWS:
+            flat = x.reshape(rows, k).contiguous()
+            return gemv.linear(flat, weight, scale, bias, _converts_e4m3(x.device)).view(*x.shape[:-1], n)
+    return F.linear(x, dequant(weight, scale, x.dtype), bias).contiguous()
+
+
+_GEMV_ROWS = 2  # beyond, tensor cores are faster
+_MMA_ROWS = 64
 
 
 def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
@@ -53,41 +72,61 @@ def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Ten
     with _on(x.device):
         kernels = _hopper_kernels(x.device) if x.dtype != torch.float32 and packed.numel() < 2**31 else None
         if kernels is not None:
-            try:
-                return kernels.linear(_aligned(x.reshape(rows, k)), packed, n, bias).view(*x.shape[:-1], n)
-            except (TritonError, RuntimeError) as error:
-                if not _is_of_compiler(error):
-                    raise
-                _do_without_hopper_kernels(error)
+            out = _or_none(kernels.linear, _aligned(x.reshape(rows, k)), packed, n, bias)
+            if out is not None:
+                return out.view(*x.shape[:-1], n)
         return F.linear(x, elementwise.dequant_packed(packed, n, k, x.dtype), bias).contiguous()
 
 
-_hopper = True
+_gluon = True
 
 
 def _hopper_kernels(device: torch.device) -> ModuleType | None:
-    if not _hopper or torch.version.hip is not None or _capability(device) != (9, 0):
+    if torch.version.hip is not None or _capability(device) != (9, 0):
+        return None
+    return _gluon_kernels("packed")
+
+
+def _gluon_kernels(name: str) -> ModuleType | None:
+    """A module with kernels in Gluon; None where this version of Triton cannot import it."""
+    if not _gluon:
         return None
     try:
-        from . import packed
+        return importlib.import_module(f".{name}", __package__)
     except (ImportError, AttributeError, TypeError) as error:
-        _do_without_hopper_kernels(error)
+        _do_without_gluon(error)
         return None
-    return packed
 
 
-def _do_without_hopper_kernels(error: Exception) -> None:
-    """Gluon, in which they are written, is experimental: another version of Triton may not know them."""
-    global _hopper
-    _hopper = False
+def _or_none(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """What a function of such a module gives; None where its kernels do not compile."""
+    try:
+        return function(*args)
+    except (TritonError, RuntimeError) as error:
+        if not _is_of_compiler(error):
+            raise
+        _do_without_gluon(error)
+        return None
+
+
+def _do_without_gluon(error: Exception) -> None:
+    """Gluon is experimental: another version of Triton may not know what the kernels use."""
+    global _gluon
+    _gluon = False
     message = str(error).splitlines()[-1] if str(error) else repr(error)
     warnings.warn(
-        f"packed MXFP8 weights are dequantized in every call: kernels for Hopper fail ({message})", stacklevel=2
+        f"MXFP8 weights are dequantized in every call, but for a few rows: kernels in Gluon fail ({message})",
+        stacklevel=2,
     )
 
 
 def _is_of_compiler(error: Exception) -> bool:
     return isinstance(error, TritonError) or "PassManager" in str(error)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
