@@ -100,11 +100,11 @@ def test_parts_of_every_candidate_take_bounded_memory(processors: int) -> None:
 
 
 @CHIP
-def test_candidates_are_of_the_kernel_that_the_table_chooses(processors: int) -> None:
+def test_candidates_contain_the_kernel_that_the_table_chooses(processors: int) -> None:
     for n in N:
-        for m in (1, 8, 9, 16, 17, 33, 65, 128, 129, 256, 300):
+        for m in (1, 4, 5, 8, 9, 16, 17, 33, 65, 128, 129, 256, 300):
             chosen = plan(m, n, 4096, processors)
-            assert {type(each) for each in candidates(m, n, 4096, processors)} == {type(chosen)}
+            assert type(chosen) in {type(each) for each in candidates(m, n, 4096, processors)}
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,8 @@ def test_sums_of_parts_are_added_up_once_for_every_tile_in_parts(processors: int
 
 def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: SimpleNamespace) -> None:
     found = [tiles.place_of_tile.fn(tile, 40 * 256, 1024, 256, 128) for tile in range(40 * 8)]
-    assert found[:17] == [(row * 256, 0) for row in range(16)] + [(0, 128)]
-    assert found[-8:] == [(row * 256, 7 * 128) for row in range(32, 40)]
+    assert found[:5] == [(row * 256, 0) for row in range(4)] + [(0, 128)]
+    assert found[-4:] == [(row * 256, 7 * 128) for row in range(36, 40)]
 
 
 @functools.cache
@@ -264,12 +264,12 @@ def test_of_the_choices_for_many_rows_none_is_modelled_faster(processors: int) -
 
 
 @CHIP
-def test_a_row_more_changes_the_kernel_only_at_powers_of_two(processors: int) -> None:
+def test_a_row_more_changes_the_kernel_only_after_powers_of_two(processors: int) -> None:
     for n in N:
         for k in K:
             kernels = [_constants(plan(m, n, k, processors)) for m in range(1, 129)]
             changes = [m for m in range(2, 129) if kernels[m - 1] != kernels[m - 2]]
-            assert set(changes) <= {9, 17, 33, 65}
+            assert set(changes) <= {5, 9, 17, 33, 65}
 
 
 def _constants(chosen: Plan) -> tuple[object, ...]:

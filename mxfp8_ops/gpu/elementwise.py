@@ -14,6 +14,7 @@ from torch import Tensor
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 from ..packing import COLUMNS
 from .codes import element_to_float32, float32_to_element, scale_to_float32
+from .launch import launch
 
 _BLOCKS = 128  # blocks of 32 a program
 _WARPS = 4
@@ -24,9 +25,8 @@ def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     blocks = scale.numel()
     codes = weight.contiguous().view(torch.uint8)
-    _dequant_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-        codes, scale.contiguous(), out, blocks, BLOCK=BLOCK_SIZE, BLOCKS=_BLOCKS, num_warps=_WARPS
-    )
+    arguments = codes, scale.contiguous(), out, blocks
+    launch(_dequant_kernel, (triton.cdiv(blocks, _BLOCKS),), arguments, (BLOCK_SIZE, _BLOCKS), _WARPS)
     return out
 
 
@@ -34,7 +34,7 @@ def dequant_packed(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor
     """``dequant(*unpack(packed, n, k), dtype)`` in one pass, for a packed tensor that is contiguous."""
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
     across = triton.cdiv(k, COLUMNS)
-    _dequant_packed_kernel[(triton.cdiv(n, 16), across)](packed, out, n, k, num_warps=_WARPS)
+    launch(_dequant_packed_kernel, (triton.cdiv(n, 16), across), (packed, out, n, k), (), _WARPS)
     return out
 
 
@@ -43,16 +43,8 @@ def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=SCALE_DTYPE, device=x.device)
     blocks = scale.numel()
-    _quantize_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-        x.contiguous(),
-        codes,
-        scale,
-        blocks,
-        RCEIL=rule == "rceil",
-        BLOCK=BLOCK_SIZE,
-        BLOCKS=_BLOCKS,
-        num_warps=_WARPS,
-    )
+    constants = rule == "rceil", BLOCK_SIZE, _BLOCKS
+    launch(_quantize_kernel, (triton.cdiv(blocks, _BLOCKS),), (x.contiguous(), codes, scale, blocks), constants, _WARPS)
     return codes.view(ELEMENT_DTYPE), scale
 
 

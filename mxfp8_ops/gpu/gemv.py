@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import element_to_float32, scale_to_float32
+from .launch import launch
 
 MAX_ROWS = 8
 _ROWS_A_PROGRAM = 4
@@ -36,23 +37,21 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, native
     lowest, highest = _EXACT_SCALES[x.dtype]
     outputs, elements, warps = configuration(k, m)
     together = min(triton.next_power_of_2(m), _ROWS_A_PROGRAM)
-    _kernel[(triton.cdiv(m, together) * triton.cdiv(n, outputs),)](
-        x,
-        codes if native else codes.view(torch.uint8),
-        scale.contiguous(),
-        x if bias is None else bias.contiguous(),
-        out,
-        m,
-        n,
-        k,
-        M=together,
-        HAS_BIAS=bias is not None,
-        NATIVE=native,
-        LOWEST=lowest,
-        HIGHEST=highest,
-        BN=outputs,
-        BK=elements,
-        EXACT_BK=min(elements, 256),  # small: what is rarely run should not cost the rest its registers
+    constants = (together, bias is not None, native, lowest, highest, outputs, elements, min(elements, 256))
+    launch(
+        _kernel,
+        (triton.cdiv(m, together) * triton.cdiv(n, outputs),),
+        (
+            x,
+            codes if native else codes.view(torch.uint8),
+            scale.contiguous(),
+            x if bias is None else bias.contiguous(),
+            out,
+            m,
+            n,
+            k,
+        ),
+        constants,  # the last is small: what is rarely run should not cost the rest its registers
         num_warps=warps,
     )
     return out

@@ -61,7 +61,7 @@ Plan: TypeAlias = Direct | Skinny | Wide
 
 def plan(m: int, n: int, k: int, processors: int) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors."""
-    if m <= 8:
+    if m <= 4 or (m <= 8 and n < 24 * processors):  # as few rows or outputs as that
         return _direct(n, processors)
     if m <= 128:
         return _skinny(m, n, k, processors)
@@ -71,11 +71,12 @@ def plan(m: int, n: int, k: int, processors: int) -> Plan:
 def candidates(m: int, n: int, k: int, processors: int) -> Sequence[Plan]:
     """Plans worth measuring."""
     blocks = _divided(k, 128)
-    if m <= 8:
-        return [Direct(8, warps, registers) for warps in (2, 4, 8, 16) for registers in (64, 72, 80)]
+    if m <= 4:
+        return _direct_choices()
     if m <= 128:
-        rows = max(16, _power_of_two(m))
+        rows = _power_of_two(m)
         shapes = {
+            8: ((1, 1, 5, 240, 64), (1, 2, 6, 96, 72), (1, 4, 12, 96, 0), (2, 2, 8, 96, 0)),
             16: ((1, 1, 5, 240, 64), (1, 2, 6, 96, 72), (1, 4, 12, 96, 0), (2, 2, 8, 96, 0)),
             32: ((1, 1, 5, 240, 64), (1, 2, 4, 104, 80), (1, 4, 8, 96, 0), (2, 2, 6, 96, 0)),
             64: ((1, 1, 4, 240, 128), (1, 2, 6, 168, 0), (2, 1, 6, 240, 0), (2, 2, 4, 96, 0)),
@@ -83,8 +84,13 @@ def candidates(m: int, n: int, k: int, processors: int) -> Sequence[Plan]:
         }[rows]
         parts = [p for p in (1, 2, 3, 4, 6, 8) if p <= blocks]
         few = [p for p in parts if p == 1 or p * _divided(n, 64) <= 8 * processors]
-        return [Skinny(rows, *shape, parts=p) for shape in shapes for p in few]
+        choices = [Skinny(rows, *shape, parts=p) for shape in shapes for p in few]
+        return [*choices, *_direct_choices()] if rows == 8 else choices
     return _wide_choices(m, n, k, processors)
+
+
+def _direct_choices() -> list[Direct]:
+    return [Direct(8, warps, registers) for warps in (2, 4, 8, 16) for registers in (64, 72, 80)]
 
 
 def _direct(n: int, processors: int) -> Direct:
@@ -101,11 +107,11 @@ def _skinny(m: int, n: int, k: int, processors: int) -> Skinny:
     """Where there are several tiles for each multiprocessor, programs are small, so that several run at once; with
     about one, it gets more consumers; with less, tiles are cut along K.
     """
-    rows = max(16, _power_of_two(m))
+    rows = _power_of_two(m)
     tiles = _divided(n, 64)
     many = tiles > 1.2 * processors
-    if rows == 16:
-        chosen = Skinny(16, 1, 2, 6, 96, 72) if tiles > 0.8 * processors else Skinny(16, 1, 4, 12, 96, 0)
+    if rows <= 16:
+        chosen = Skinny(rows, 1, 2, 6, 96, 72) if tiles > 0.8 * processors else Skinny(rows, 1, 4, 12, 96, 0)
     elif rows == 32:
         chosen = Skinny(32, 1, 2, 4, 104, 80) if many else Skinny(32, 1, 4, 8, 96, 0)
     elif rows == 64:
@@ -116,7 +122,7 @@ def _skinny(m: int, n: int, k: int, processors: int) -> Skinny:
     blocks = _divided(k, 128)
     most = max(1, min(4 if rows > 16 else 2, blocks // (4 * chosen.along)))
     parts = min(most, max(1, processors // programs))
-    if rows == 16 and programs > processors // 4 and chosen.along == 4:
+    if rows <= 16 and programs > processors // 4 and chosen.along == 4:
         parts = 1  # four consumers share the work of a tile as well as two programs would
     return replace(chosen, parts=parts)
 

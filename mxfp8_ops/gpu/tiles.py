@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton before 3.7 has the other name
 
-GROUP = gl.constexpr(16)
+GROUP = gl.constexpr(4)
 """Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
 
 
