@@ -122,7 +122,7 @@ def _skinny(m: int, n: int, k: int, processors: int) -> Skinny:
     blocks = _divided(k, 128)
     most = max(1, min(4 if rows > 16 else 2, blocks // (4 * chosen.along)))
     parts = min(most, max(1, processors // programs))
-    if rows <= 16 and programs > processors // 4 and chosen.along == 4:
+    if rows <= 32 and programs > processors // 4 and chosen.along == 4:
         parts = 1  # four consumers share the work of a tile as well as two programs would
     return replace(chosen, parts=parts)
 
