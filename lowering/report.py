@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfp8_ops import ops
+from mxfp8_ops.packing import exact_marks
 
 from . import compat
 from .graph import Steps, leaf_name, viewed
@@ -109,7 +110,7 @@ class WeightReport:
             with torch.utils._python_dispatch._disable_current_modes():
                 packed = self.identity.value() if self.identity is not None else None
                 if packed is not None:
-                    known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in packed[-1, :2].tolist())
+                    known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in exact_marks(packed))
             self.decoding = {name: known[name] for name in self.decoding}
             words = ", ".join(_DECODING[how].format(name) for name, how in self.decoding.items())
             if ops.kernel_name("linear_packed", torch.device(self.device)) == "reference":

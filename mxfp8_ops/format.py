@@ -88,12 +88,17 @@ def check_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
         raise ValueError(f"x must be [..., {k}] for a weight of [{n}, {k}], got {list(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.device}: move them to one device")
+    check_bias(bias, x, n, f" for a weight of [{n}, {k}]")
+
+
+def check_bias(bias: Tensor | None, x: Tensor, n: int, why: str = "") -> None:
+    """Raises unless ``bias`` is None or ``[N]`` in x's dtype and on its device. ``why``: what asks for that shape."""
     if bias is None:
         return
     if bias.dtype != x.dtype:
         raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}: cast it with bias.to(x.dtype)")
     if bias.dim() != 1 or bias.shape[0] != n:
-        raise ValueError(f"bias must be [{n}] for a weight of [{n}, {k}], got {list(bias.shape)}")
+        raise ValueError(f"bias must be [{n}]{why}, got {list(bias.shape)}")
     if bias.device != x.device:
         raise ValueError(f"bias is on {bias.device}, x on {x.device}: move them to one device")
 

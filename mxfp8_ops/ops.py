@@ -153,13 +153,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequant(weight, scale, grad.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias
+        return _gradients(ctx, grad, lambda: ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, *tangents: Tensor | None) -> Tensor:
@@ -180,6 +174,16 @@ class _Linear(torch.autograd.Function):
             for i in range(info.batch_size)
         )
         return torch.stack([linear(*sample) for sample in samples]), 0
+
+
+def _gradients(ctx: Any, grad: Tensor, quantized: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
+    """Of a linear's four arguments, of which x is the first and bias the last, from its weight and scale."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ dequant(*quantized(), grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias
 
 
 def _check_frozen(weight: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, packing, reference
-from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_compute_dtype, check_pair
+from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_bias, check_compute_dtype, check_pair
 from .ops import _TAGS, _library
 from .packing import PACKED_DTYPE, check_packed, packed_shape
 
@@ -43,14 +43,7 @@ def _check_linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None)
     check_packed(packed, n, x.shape[-1])
     if x.device != packed.device:
         raise ValueError(f"x is on {x.device}, the packed weight on {packed.device}: move them to one device")
-    if bias is None:
-        return
-    if bias.dtype != x.dtype:
-        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}: cast it with bias.to(x.dtype)")
-    if bias.dim() != 1 or bias.shape[0] != n:
-        raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
-    if bias.device != x.device:
-        raise ValueError(f"bias is on {bias.device}, x on {x.device}: move them to one device")
+    check_bias(bias, x, n)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -133,12 +126,7 @@ class _LinearPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ops.dequant(*unpack(*ctx.saved_tensors, *ctx.shape), grad.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias
+        return ops._gradients(ctx, grad, lambda: unpack(*ctx.saved_tensors, *ctx.shape))
 
 
 def _linear_packed_autograd(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:

@@ -81,6 +81,12 @@ def pack(weight: Tensor, scale: Tensor) -> Tensor:
     return packed
 
 
+def exact_marks(packed: Tensor) -> tuple[bool, bool]:
+    """Whether some code of a packed weight needs exact decoding, in bfloat16 and in float16. Waits for its device."""
+    bfloat16, float16 = packed[-1, :2].tolist()
+    return bool(bfloat16), bool(float16)
+
+
 def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """The weight ``[n, k]`` and scale ``[n, k/32]`` that were packed, bit for bit."""
     across = _blocks(k, COLUMNS)

@@ -12,9 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import group_scale, needs_exact, scaled, separate
-
-_SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
+from .fragments import group_scale, halves, needs_exact, operand, scaled, separate
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -126,7 +124,7 @@ def _load_x(
         pairs = gl.load(x + place, mask=pair < K // 2, other=0)
     else:
         pairs = gl.load(x + place)
-    one, other = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1)
+    one, other = halves(pairs)
     rows = gl.permute(gl.reshape(gl.join(one, other), [WARPS, BM, 128]), (0, 2, 1))
     return gl.convert_layout(rows.to(DTYPE, bitcast=True), B, assert_trivial=True)
 
@@ -138,11 +136,7 @@ def _decode(words, scales, WARPS: gl.constexpr, A: gl.constexpr, DTYPE: gl.const
     pair_one, pair_other = separate(words)
     pair_one = scaled(pair_one, _four_scales(one, words, DTYPE, EXACT), DTYPE, EXACT)
     pair_other = scaled(pair_other, _four_scales(other, words, DTYPE, EXACT), DTYPE, EXACT)
-    one_0, one_1 = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [pair_one], (gl.int16, gl.int16), True, 1)
-    other_0, other_1 = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [pair_other], (gl.int16, gl.int16), True, 1)
-    bits = gl.join(gl.join(one_0, other_0), gl.join(one_1, other_1))  # warp, r210, k6, k5, k43, k21, r3, k0
-    tile = gl.reshape(gl.permute(bits, (0, 6, 1, 2, 3, 4, 5, 7)), [WARPS, 16, 128])
-    return gl.convert_layout(tile.to(DTYPE, bitcast=True), A, assert_trivial=True)
+    return operand(pair_one, pair_other, [WARPS, 16, 128], A, DTYPE)
 
 
 @gluon.jit

@@ -34,25 +34,33 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     """See ``mxfp8_ops.reference.linear``. Some rows are computed from the one-byte weight; for more, the weight is
     dequantized as a whole first.
     """
-    n, k = weight.shape
-    rows = x.numel() // k
-    with _on(x.device):
-        if 1 <= rows <= gemv.MAX_ROWS and (rows <= _GEMV_ROWS or x.dtype == torch.float32):
-            flat = x.reshape(rows, k).contiguous()
-            return gemv.linear(flat, weight, scale, bias, _converts_e4m3(x.device)).view(*x.shape[:-1], n)
-        if 1 <= rows <= _MMA_ROWS and x.dtype != torch.float32 and weight.numel() < 2**31:
-            kernels = _gluon_kernels("mma") if _converts_e4m3(x.device) else None
-            if kernels is not None:
-                plan = kernels.plan(rows, n, k, _processors(x.device))
-                offset = None if bias is None else bias.contiguous()
-                arguments = _aligned(x.reshape(rows, k)), _aligned(weight), scale.contiguous(), offset, plan
-                out = _or_none(kernels.linear, *arguments)
-                if out is not None:
-                    return out.view(*x.shape[:-1], n)
-        if 1 <= rows <= gemv.MAX_ROWS:
-            flat = x.reshape(rows, k).contiguous()
-            return gemv.linear(flat, weight, scale, bias, _converts_e4m3(x.device)).view(*x.shape[:-1], n)
-    return F.linear(x, dequant(weight, scale, x.dtype), bias).contiguous()
+    rows = x.numel() // weight.shape[1]
+    out = None
+    if 1 <= rows <= _MMA_ROWS:
+        with _on(x.device):
+            out = _few_rows(x.reshape(rows, -1), weight, scale, bias)
+    if out is None:
+        return F.linear(x, dequant(weight, scale, x.dtype), bias).contiguous()
+    return out.view(*x.shape[:-1], -1)
+
+
+def _few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``linear`` for ``x [M, K]``, on tensor cores where there are kernels for that; None where M is too much for the
+    others.
+    """
+    rows, (n, k) = len(x), weight.shape
+    native = _converts_e4m3(x.device)
+    if rows > _GEMV_ROWS and native and x.dtype != torch.float32 and weight.numel() < 2**31:
+        kernels = _gluon_kernels("mma")
+        if kernels is not None:
+            plan = kernels.plan(rows, n, k, _processors(x.device))
+            offset = None if bias is None else bias.contiguous()
+            out = _or_none(kernels.linear, _aligned(x), _aligned(weight), scale.contiguous(), offset, plan)
+            if out is not None:
+                return out
+    if rows > gemv.MAX_ROWS:
+        return None
+    return gemv.linear(x.contiguous(), weight, scale, bias, native)
 
 
 _GEMV_ROWS = 2  # beyond, tensor cores are faster

@@ -74,7 +74,7 @@ def weight_fragment(
     pair_one, pair_other = separate(word)
     pair_one = scaled(pair_one, scale_one, DTYPE, EXACT)
     pair_other = scaled(pair_other, scale_other, DTYPE, EXACT)
-    return _operand(pair_one, pair_other, ROWS, OPERAND, DTYPE)
+    return operand(pair_one, pair_other, [ROWS, 64], OPERAND, DTYPE)
 
 
 @gluon.jit
@@ -161,10 +161,18 @@ def _exact(bits, scale):
 
 
 @gluon.jit
-def _operand(one, other, ROWS: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr):
-    """Pairs of rows r and r + 8 as the tile ``[ROWS, 64]``. Names registers: moves nothing."""
-    one_0, one_1 = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [one], (gl.int16, gl.int16), True, 1)
-    other_0, other_1 = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [other], (gl.int16, gl.int16), True, 1)
-    bits = gl.join(gl.join(one_0, other_0), gl.join(one_1, other_1))  # r654, r210, k5, k4, k3, k21, r3, k0
-    tile = gl.reshape(gl.permute(bits, (0, 6, 1, 2, 3, 4, 5, 7)), [ROWS, 64])
+def operand(one, other, SHAPE: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr):
+    """Pairs of rows r and r + 8 as a tile of the weight, whose rows have the bits of the pairs' first dimension before
+    r3. Names registers: moves nothing.
+    """
+    one_0, one_1 = halves(one)
+    other_0, other_1 = halves(other)
+    bits = gl.join(gl.join(one_0, other_0), gl.join(one_1, other_1))  # first, r210, four of k, r3, k0
+    tile = gl.reshape(gl.permute(bits, (0, 6, 1, 2, 3, 4, 5, 7)), SHAPE)
     return gl.convert_layout(tile.to(DTYPE, bitcast=True), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def halves(word):
+    """The lower and the upper 16 bits of words."""
+    return gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [word], (gl.int16, gl.int16), True, 1)

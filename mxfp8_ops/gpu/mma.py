@@ -23,6 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .fragments import halves
 from .launch import launch
 
 MAX_ROWS = 64
@@ -123,7 +124,6 @@ mov.b32 {$2, $3}, second;
 _DECODE_BFLOAT16 = gl.constexpr(_DECODE.value.replace("DTYPE", "bf16"))
 _DECODE_FLOAT16 = gl.constexpr(_DECODE.value.replace("DTYPE", "f16"))
 _FOUR_HALVES = gl.constexpr((gl.int16, gl.int16, gl.int16, gl.int16))
-_SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
 
 @gluon.jit(do_not_specialize=["M", "N"])
@@ -192,10 +192,7 @@ def _direct(
 ):
     """The sums ``[ALONG, BN, BM]`` of each warp's turns. Many warps at once hide the latency of memory."""
     ALONG: gl.constexpr = MMA.warps_per_cta[0]
-    WORD: gl.constexpr = _weight_layout(4, BN, BK, RUN, MMA)
-    words = _places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
-    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, _group_layout(WORD))
-    pairs = _places(x, row, M, K, ALONG, BM, BK, 2, _x_layout(2, BM, BK, RUN, MMA))
+    words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
     total = gl.zeros([ALONG, BN, BM], gl.float32, MMA)
     for turn in range(first, last):
         word = gl.load(words + turn * (ALONG * BK // 4), eviction_policy="evict_first")
@@ -288,13 +285,35 @@ def _rest(
     GROUP: gl.constexpr = _group_layout(WORD)
     PAIR: gl.constexpr = _x_layout(2, BM, BK, RUN, MMA)
     left = K - turns * (ALONG * BK)
-    words = _places(weight, column, N, K, ALONG, BN, BK, 4, WORD) + turns * (ALONG * BK // 4)
-    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, GROUP) + turns * (ALONG * BK // 32)
-    pairs = _places(x, row, M, K, ALONG, BM, BK, 2, PAIR) + turns * (ALONG * BK // 2)
-    word = gl.load(words, mask=_along(ALONG, BK, 4, WORD) < left // 4, other=0)
-    code = gl.load(scales, mask=_along(ALONG, BK, 32, GROUP) < left // 32, other=0)
-    pair = gl.load(pairs, mask=_along(ALONG, BK, 2, PAIR) < left // 2, other=0)
+    words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
+    word = gl.load(words + turns * (ALONG * BK // 4), mask=_along(ALONG, BK, 4, WORD) < left // 4, other=0)
+    code = gl.load(scales + turns * (ALONG * BK // 32), mask=_along(ALONG, BK, 32, GROUP) < left // 32, other=0)
+    pair = gl.load(pairs + turns * (ALONG * BK // 2), mask=_along(ALONG, BK, 2, PAIR) < left // 2, other=0)
     return mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+
+
+@gluon.jit
+def _first_turn(
+    x,
+    weight,
+    scale,
+    M,
+    N,
+    K,
+    row,
+    column,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    BK: gl.constexpr,
+    RUN: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """Where each lane finds its words of the weight, its scales and its pairs of x in the first turn."""
+    ALONG: gl.constexpr = MMA.warps_per_cta[0]
+    WORD: gl.constexpr = _weight_layout(4, BN, BK, RUN, MMA)
+    words = _places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
+    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, _group_layout(WORD))
+    return words, scales, _places(x, row, M, K, ALONG, BM, BK, 2, _x_layout(2, BM, BK, RUN, MMA))
 
 
 @gluon.jit
@@ -352,7 +371,7 @@ def _power(code):
 @gluon.jit
 def _x_operand(pairs, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
     """Pairs of elements of x ``[ALONG, BM, BK / 2]`` as operand B."""
-    one, other = gl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1)
+    one, other = halves(pairs)
     rows = gl.reshape(gl.join(one, other), [pairs.shape[0], pairs.shape[1], pairs.shape[2] * 2])
     rows = gl.permute(_in_order_of_instruction(rows.to(DTYPE, bitcast=True), RUN), (0, 2, 1))
     return gl.convert_layout(rows, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)

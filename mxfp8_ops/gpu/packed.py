@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from .. import settings
 from . import direct, skinny, tiles, wide
 from .launch import box, launch
-from .plans import Direct, Plan, Skinny, Wide, candidates, plan
+from .plans import Direct, Plan, Skinny, Wide, candidates, divided, plan
 from .tune import best
 
 _X = gl.NVMMASharedLayout(128, 16, 2)
@@ -63,7 +63,7 @@ def _direct(chosen: Direct, x: Tensor, packed: Tensor, bias: Tensor | None, out:
     (m, k), n = x.shape, out.shape[1]
     launch(
         direct.kernel,
-        (-(-n // 16),),
+        (divided(n, 16),),
         (x.view(torch.int32), packed, x if bias is None else bias, out, m, n, k),
         (chosen.rows, chosen.warps, bias is not None),
         num_warps=chosen.warps,
@@ -72,9 +72,10 @@ def _direct(chosen: Direct, x: Tensor, packed: Tensor, bias: Tensor | None, out:
 
 
 def _skinny(chosen: Skinny, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    split = -(-out.shape[1] // (64 * chosen.across)) * -(-x.shape[0] // chosen.rows) if chosen.parts > 1 else 0
+    columns = 64 * chosen.across
+    split = divided(out.shape[1], columns) * divided(x.shape[0], chosen.rows) if chosen.parts > 1 else 0
     constants = (chosen.rows, chosen.across, chosen.along, chosen.stages, chosen.consumer_registers)
-    _tiled(skinny.kernel, chosen, 64 * chosen.across, (32, 2), split, x, packed, bias, out, constants, 4)
+    _tiled(skinny.kernel, chosen, columns, (32, 2), split, x, packed, bias, out, constants, 4)
 
 
 def _wide(chosen: Wide, x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -97,7 +98,7 @@ def _tiled(
 ) -> None:
     """Launches a kernel on tiles of ``chosen.rows`` by ``columns``, the last ``split`` of them in parts."""
     (m, k), n = x.shape, out.shape[1]
-    whole = -(-n // columns) * -(-m // chosen.rows) - split
+    whole = divided(n, columns) * divided(m, chosen.rows) - split
     programs = split * chosen.parts
     tile = chosen.rows * columns
     partial = torch.empty(programs * tile, dtype=torch.float32, device=x.device) if programs else out

@@ -70,21 +70,19 @@ def plan(m: int, n: int, k: int, processors: int) -> Plan:
 
 def candidates(m: int, n: int, k: int, processors: int) -> Sequence[Plan]:
     """Plans worth measuring."""
-    blocks = _divided(k, 128)
+    blocks = divided(k, 128)
     if m <= 4:
         return _direct_choices()
     if m <= 128:
         rows = _power_of_two(m)
         shapes = {
-            8: ((1, 1, 5, 240, 64), (1, 2, 6, 96, 72), (1, 4, 12, 96, 0), (2, 2, 8, 96, 0)),
             16: ((1, 1, 5, 240, 64), (1, 2, 6, 96, 72), (1, 4, 12, 96, 0), (2, 2, 8, 96, 0)),
             32: ((1, 1, 5, 240, 64), (1, 2, 4, 104, 80), (1, 4, 8, 96, 0), (2, 2, 6, 96, 0)),
             64: ((1, 1, 4, 240, 128), (1, 2, 6, 168, 0), (2, 1, 6, 240, 0), (2, 2, 4, 96, 0)),
             128: ((2, 1, 4, 240, 0), (1, 2, 4, 168, 0), (2, 1, 3, 240, 0)),
-        }[rows]
-        parts = [p for p in (1, 2, 3, 4, 6, 8) if p <= blocks]
-        few = [p for p in parts if p == 1 or p * _divided(n, 64) <= 8 * processors]
-        choices = [Skinny(rows, *shape, parts=p) for shape in shapes for p in few]
+        }[max(rows, 16)]
+        most = max(1, min(blocks, 8 * processors // divided(n, 64)))
+        choices = [Skinny(rows, *shape, parts=p) for shape in shapes for p in (1, 2, 3, 4, 6, 8) if p <= most]
         return [*choices, *_direct_choices()] if rows == 8 else choices
     return _wide_choices(m, n, k, processors)
 
@@ -95,7 +93,7 @@ def _direct_choices() -> list[Direct]:
 
 def _direct(n: int, processors: int) -> Direct:
     """As many warps as keep the chip's memory busy; as many registers as let every program start at once."""
-    programs = _divided(n, 16)
+    programs = divided(n, 16)
     warps = 8 if programs < 3 * processors else 4
     for registers in (80, 72, 64):
         if programs <= processors * (REGISTERS // (registers * 32 * warps)):
@@ -108,7 +106,7 @@ def _skinny(m: int, n: int, k: int, processors: int) -> Skinny:
     about one, it gets more consumers; with less, tiles are cut along K.
     """
     rows = _power_of_two(m)
-    tiles = _divided(n, 64)
+    tiles = divided(n, 64)
     many = tiles > 1.2 * processors
     if rows <= 16:
         chosen = Skinny(rows, 1, 2, 6, 96, 72) if tiles > 0.8 * processors else Skinny(rows, 1, 4, 12, 96, 0)
@@ -118,8 +116,8 @@ def _skinny(m: int, n: int, k: int, processors: int) -> Skinny:
         chosen = Skinny(64, 1, 1, 4, 240, 128) if many else Skinny(64, 1, 2, 6, 168, 0)
     else:
         chosen = Skinny(128, 2, 1, 4, 240, 0) if tiles > 1.5 * processors else Skinny(128, 1, 2, 4, 168, 0)
-    programs = _divided(n, 64 * chosen.across)
-    blocks = _divided(k, 128)
+    programs = divided(n, 64 * chosen.across)
+    blocks = divided(k, 128)
     most = max(1, min(4 if rows > 16 else 2, blocks // (4 * chosen.along)))
     parts = min(most, max(1, processors // programs))
     if rows <= 32 and programs > processors // 4 and chosen.along == 4:
@@ -136,10 +134,10 @@ def _wide_choices(m: int, n: int, k: int, processors: int) -> list[Wide]:
     """Tiles of 256 or 128 rows, whole, all split, or with those split that would leave the chip half empty."""
     choices = []
     for shape in (Wide(256, 5, 0), Wide(128, 4, 128)):
-        tiles = _divided(n, 128) * _divided(m, shape.rows)
+        tiles = divided(n, 128) * divided(m, shape.rows)
         rest = tiles % processors
         choices.append(shape)
-        for parts in range(2, min(5, _divided(k, 128)) + 1):
+        for parts in range(2, min(5, divided(k, 128)) + 1):
             if tiles * parts <= 2 * processors:
                 choices.append(replace(shape, split=tiles, parts=parts))
             elif rest * parts <= 2 * processors and 0 < rest < tiles and shape.rows == 256:
@@ -149,21 +147,22 @@ def _wide_choices(m: int, n: int, k: int, processors: int) -> list[Wide]:
 
 def _microseconds(choice: Wide, m: int, n: int, k: int, processors: int) -> float:
     """What a choice will take, roughly: rounds of tiles on the chip, and what parts cost."""
-    tiles = _divided(n, 128) * _divided(m, choice.rows)
-    tile = _divided(k, 128) * _BLOCK[choice.rows] + _START
+    tiles = divided(n, 128) * divided(m, choice.rows)
+    tile = divided(k, 128) * _BLOCK[choice.rows] + _START
     part = tile / choice.parts + _START * (1 - 1 / choice.parts)
     whole = tiles - choice.split
     if choice.rows == 128 and whole > processors:  # two at a time on a multiprocessor, of which neither waits
-        time = _divided(whole, 2 * processors) * tile * 1.8
+        time = divided(whole, 2 * processors) * tile * 1.8
     else:
-        time = _divided(whole, processors) * tile
+        time = divided(whole, processors) * tile
     if choice.parts > 1:
-        time += _divided(choice.split * choice.parts, processors) * part + _ADD
+        time += divided(choice.split * choice.parts, processors) * part + _ADD
         time += choice.split * choice.parts * 128 * choice.rows * 8 / _BYTES
     return time
 
 
-def _divided(length: int, size: int) -> int:
+def divided(length: int, size: int) -> int:
+    """``length / size``, rounded up."""
     return -(-length // size)
 
 

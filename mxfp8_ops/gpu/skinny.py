@@ -5,7 +5,7 @@ each consumer, and of x. Consumers, of four warps each, decode the weight into r
 weight as operand A, so that the few rows of x are the narrow side of the matrix instruction. R consumers stand next to
 each other along N; S of them share the stages in turn along K and add up their sums through shared memory in the end.
 
-Where tiles do not fill the chip, the last ones are cut along K as well: see ``split``.
+Where tiles do not fill the chip, the last ones are cut along K as well: see ``tiles``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .fragments import needs_exact, weight_fragment
-from .tiles import barrier, part_of_tile, place_of_tile, store_part, store_tile
+from .tiles import advance, barrier, part_of_tile, place_of_tile, store_part, store_tile
 
 LOADER_REGISTERS = gl.constexpr(24)
 
@@ -128,17 +128,11 @@ def _load(x, elements, scales, stages, work, config: gl.constexpr):
             tma.async_copy_global_to_shared(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(into))
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(x, [row, step * 128 + half * 64], ready, x_stages.index(stage * 2 + half))
-        stage, phase = _advance(stage, phase, 1, STAGES)
+        stage, phase = advance(stage, phase, 1, STAGES)
 
 
 @gluon.jit
-def _consume(
-    stages,
-    result,
-    steps,
-    consumer: gl.constexpr,
-    config: gl.constexpr,
-):
+def _consume(stages, result, steps, consumer: gl.constexpr, config: gl.constexpr):
     """Four warps: 64 rows of the weight by BM rows of x, over every S-th stage; then the sum goes its way."""
     packed, bias, out, partial, sums, summed, M, N, K, row, column, part = result
     BM: gl.constexpr = config[0]
@@ -197,12 +191,5 @@ def _products(
             total = warpgroup_mma(weight, x_stages.index(stage * 2 + half).permute((1, 0)), total, is_async=True)
         total = warpgroup_mma_wait(0, deps=[total])
         mbarrier.arrive(empty.index(stage))
-        stage, phase = _advance(stage, phase, S, STAGES)
+        stage, phase = advance(stage, phase, S, STAGES)
     return total
-
-
-@gluon.jit
-def _advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
-    stage += by
-    wrapped = stage >= STAGES
-    return gl.where(wrapped, stage - STAGES, stage), gl.where(wrapped, phase ^ 1, phase)

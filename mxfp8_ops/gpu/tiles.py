@@ -49,6 +49,14 @@ def place_of_tile(tile, M, N, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
+    """The stage ``by`` stages on, in a ring of STAGES, and the phase of its barrier."""
+    stage += by
+    wrapped = stage >= STAGES
+    return gl.where(wrapped, stage - STAGES, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
 def store_part(total, partial):
     """A float32 tile ``[BN, BM]`` as it is."""
     LAYOUT: gl.constexpr = total.type.layout
@@ -96,19 +104,15 @@ def add_parts(
 ):
     """Adds up the parts of STEP columns of a tile, ``partial [tile, part, BN, BM]``, and stores them in ``out``."""
     tile = tl.program_id(0) // (BN // STEP)
-    down = tl.cdiv(M, BM)
-    across = tl.cdiv(N, BN)
-    group = (whole + tile) // (GROUP * across)
-    height = tl.minimum(down - group * GROUP, GROUP)
-    within = whole + tile - group * (GROUP * across)
+    first_row, first_column = place_of_tile(whole + tile, M, N, BM, BN)
     n = tl.program_id(0) % (BN // STEP) * STEP + tl.arange(0, STEP)[:, None]
     m = tl.arange(0, BM)[None, :]
     place = partial + tile.to(tl.int64) * parts * (BN * BM) + n * BM + m
     total = tl.zeros((STEP, BM), tl.float32)
     for part in range(parts):
         total += tl.load(place + part * (BN * BM))
-    row = (group * GROUP + within % height) * BM + tl.trans(m)
-    column = within // height * BN + tl.trans(n)
+    row = first_row + tl.trans(m)
+    column = first_column + tl.trans(n)
     total = tl.trans(total)
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < N, other=0).to(tl.float32)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .fragments import needs_exact, weight_fragment
-from .tiles import barrier, part_of_tile, place_of_tile, store_part, store_tile
+from .tiles import advance, barrier, part_of_tile, place_of_tile, store_part, store_tile
 
 
 @gluon.jit(do_not_specialize=["M", "whole", "parts"])
@@ -101,7 +101,7 @@ def _products(sources, stages, blocks, BM: gl.constexpr, STAGES: gl.constexpr, M
         barrier()
         _load(sources, stages, step + STAGES - 1, left, BM)
         left = stage
-        stage, phase = _advance(stage, phase, STAGES)
+        stage, phase = advance(stage, phase, 1, STAGES)
         mbarrier.wait(full.index(stage), phase)
         weight = weight_fragment(element_stages.index(stage), scale_stages.index(stage), 1, 128, MMA, DTYPE, False)
         total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
@@ -109,7 +109,7 @@ def _products(sources, stages, blocks, BM: gl.constexpr, STAGES: gl.constexpr, M
         barrier()
         _load(sources, stages, step + STAGES, left, BM)
         left = stage
-        stage, phase = _advance(stage, phase, STAGES)
+        stage, phase = advance(stage, phase, 1, STAGES)
         mbarrier.wait(full.index(stage), phase, pred=step + 2 < blocks * 2)
         weight = weight_fragment(element_stages.index(stage), scale_stages.index(stage), 0, 128, MMA, DTYPE, False)
     return warpgroup_mma_wait(0, deps=[total])
@@ -138,11 +138,5 @@ def _exact_products(sources, stages, blocks, BM: gl.constexpr, STAGES: gl.conste
             total = mma_v2(weight, rows, total)
             barrier()
             _load(sources, stages, block * 2 + half + STAGES, stage, BM)
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, 1, STAGES)
     return gl.convert_layout(total, MMA, assert_trivial=True)
-
-
-@gluon.jit
-def _advance(stage, phase, STAGES: gl.constexpr):
-    wrapped = stage + 1 == STAGES
-    return gl.where(wrapped, 0, stage + 1), gl.where(wrapped, phase ^ 1, phase)
