@@ -1,7 +1,7 @@
 """How Inductor computes what is not folded.
 
 ``mxfp8::linear`` stays one call of the operator's kernel. ``mxfp8::dequant`` becomes one pointwise loop:
-two bytes in, one value out, no float32 tensor in memory.
+two bytes in, one value out, no float32 tensor in memory. On GPUs that have no conversion of e4m3 it stays a call, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import ops as inductor_ops
 from torch.utils._sympy.functions import FloorDiv
 
-from mxfp8_ops import ops
+from mxfp8_ops import gpu, ops
 from mxfp8_ops.format import BLOCK_SIZE, SCALE_NAN
 
 # An operator of our own for the loop. The lowering is registered for this one, which only our post-grad pass
@@ -38,9 +38,18 @@ def lower_dequant(graph: fx.Graph) -> int:
     which Inductor generates code for; returns how many.
     """
     nodes = graph.find_nodes(op="call_function", target=ops.dequant)
+    nodes = [node for node in nodes if _converts_e4m3(node.meta["val"].device)]
     for node in nodes:
         node.target = _dequant_loop
     return len(nodes)
+
+
+def _converts_e4m3(device: torch.device) -> bool:
+    """Whether the code that Inductor generates for a device can read elements: on GPUs Triton must know their type,
+    which versions of it do not on Ampere, and emulate on ROCm.
+    """
+    kernels = gpu.kernels() if device.type == "cuda" else None
+    return kernels is None or kernels.converts_e4m3(device)
 
 
 @register_lowering(_dequant_loop, type_promotion_kind=None)

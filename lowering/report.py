@@ -107,13 +107,16 @@ class WeightReport:
             if PENDING not in self.decoding.values():
                 return
             known = {"bfloat16": UNKNOWN, "float16": UNKNOWN, "float32": DEQUANTIZED}
+            kernel = ops.kernel_name("linear_packed", torch.device(self.device))
             with torch.utils._python_dispatch._disable_current_modes():
                 packed = self.identity.value() if self.identity is not None else None
                 if packed is not None:
                     known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in exact_marks(packed))
+            if ops.DEQUANTIZED in kernel:  # by chips that have no kernels for packed weights
+                known = dict.fromkeys(known, DEQUANTIZED)
             self.decoding = {name: known[name] for name in self.decoding}
             words = ", ".join(_DECODING[how].format(name) for name, how in self.decoding.items())
-            if ops.kernel_name("linear_packed", torch.device(self.device)) == "reference":
+            if kernel == "reference":
                 words += " (on GPUs; here unpacked in every call)"
             self.reason = f"packed, {words}; {self.reason}"
 
@@ -121,7 +124,7 @@ class WeightReport:
 _DECODING = {
     FAST: "fast decoding for {}",
     EXACT: "exact decoding for {}, which some codes need",
-    DEQUANTIZED: "dequantized in every call for {}",
+    DEQUANTIZED: f"{ops.DEQUANTIZED} for {{}}",
     UNKNOWN: "decoding unknown for {}",
 }
 

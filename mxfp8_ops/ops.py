@@ -26,6 +26,7 @@ from .format import (
     check_pair,
     check_quantize,
 )
+from .gpu import replay
 
 _library = torch.library.Library("mxfp8", "DEF")
 # flexible_layout: the kernels take any strides, so a compiler need not copy an argument to please them.
@@ -77,27 +78,50 @@ def _quantize_cuda(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
 
 
 def _dequant_cuda(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    out = replay.again("dequant", (weight, scale), dtype)
+    if out is not None:
+        return out
     check_pair(weight, scale)
     check_compute_dtype(dtype, "dtype")
-    return (_gpu() or reference).dequant(weight, scale, dtype)
+    kernels = _gpu()
+    if kernels is None:
+        return reference.dequant(weight, scale, dtype)
+    return replay.learn("dequant", (weight, scale), dtype, lambda: kernels.dequant(weight, scale, dtype))
 
 
 def _linear_cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    tensors = x, weight, scale, bias
+    out = replay.again("linear", tensors)
+    if out is not None:
+        return out
     check_linear(x, weight, scale, bias)
-    return (_gpu() or reference).linear(x, weight, scale, bias)
+    kernels = _gpu()
+    if kernels is None:
+        return reference.linear(x, weight, scale, bias)
+    return replay.learn("linear", tensors, None, lambda: kernels.linear(x, weight, scale, bias))
 
 
 for _name, _kernel in (("quantize", _quantize_cuda), ("dequant", _dequant_cuda), ("linear", _linear_cuda)):
     _library.impl(_name, _kernel, "CUDA")
 
 
+DEQUANTIZED = "dequantized in every call"
+
+
 def kernel_name(name: str, device: torch.device) -> str:
-    """Which kernel computes the operator ``mxfp8::<name>`` on a device: "reference", or the device's own."""
+    """Which kernel computes the operator ``mxfp8::<name>`` on a device: "reference", or the device's own, of which it
+    says if all it does with a packed weight is to dequantize it.
+    """
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device.type, "PrivateUse1")
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"mxfp8::{name}", key)
-    if not own or not settings.kernels() or (device.type == "cuda" and gpu.kernels() is None):
+    if not own or not settings.kernels():
         return "reference"
-    return device.type
+    if device.type != "cuda":
+        return device.type
+    kernels = gpu.kernels()
+    if kernels is None:
+        return "reference"
+    return f"cuda, {DEQUANTIZED}" if name == "linear_packed" and not kernels.reads_packed(device) else "cuda"
 
 
 # --- fakes: the same checks, shapes, dtypes and strides, no data ---------------------------------------
@@ -200,10 +224,24 @@ def _needs_derivative(x: Tensor, bias: Tensor | None) -> bool:
     return needs_grad or forward_ad._current_level >= 0
 
 
-def _linear_autograd(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+_KEY = torch._C.DispatchKey
+_AUTOGRAD_AND_CUDA = (torch._C.DispatchKeySet(_KEY.AutogradCUDA) | torch._C.DispatchKeySet(_KEY.CUDA)).raw_repr()
+
+
+def _nothing_between(keys: Any) -> bool:
+    """Whether a call that has come to Autograd with these keys goes on to the kernel for CUDA directly: there are no
+    modes, wrappers or lazy tensors, and the second trip through the dispatcher can be spared.
+    """
+    return keys.raw_repr() == _AUTOGRAD_AND_CUDA
+
+
+def _linear_autograd(keys: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check_frozen(weight)
     if _needs_derivative(x, bias):
         return _Linear.apply(x, weight, scale, bias)
+    out = replay.again("linear", (x, weight, scale, bias)) if _nothing_between(keys) else None
+    if out is not None:
+        return out
     with torch._C._AutoDispatchBelowAutograd():
         return linear(x, weight, scale, bias)
 
@@ -213,8 +251,11 @@ def _linear_functorch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     return _Linear.apply(x, weight, scale, bias)
 
 
-def _dequant_autograd(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequant_autograd(keys: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     _check_frozen(weight)
+    out = replay.again("dequant", (weight, scale), dtype) if _nothing_between(keys) else None
+    if out is not None:
+        return out
     with torch._C._AutoDispatchBelowAutograd():
         return dequant(weight, scale, dtype)
 
@@ -224,8 +265,8 @@ def _quantize_autograd(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
         return quantize(x, rule)
 
 
-_library.impl("linear", _linear_autograd, "Autograd")
-_library.impl("dequant", _dequant_autograd, "Autograd")
+_library.impl("linear", _linear_autograd, "Autograd", with_keyset=True)
+_library.impl("dequant", _dequant_autograd, "Autograd", with_keyset=True)
 _library.impl("quantize", _quantize_autograd, "Autograd")
 # Under torch.func transforms an autograd.Function must meet the transform before the dispatcher does: from
 # inside the Autograd key the transform's own state is already gone, and apply() has no kernel to find.

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from . import ops, packing, reference
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_bias, check_compute_dtype, check_pair
+from .gpu import replay
 from .ops import _TAGS, _library
 from .packing import PACKED_DTYPE, check_packed, packed_shape
 
@@ -65,11 +66,14 @@ def _linear_packed_kernel(x: Tensor, packed: Tensor, n: int, bias: Tensor | None
 
 
 def _linear_packed_cuda(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    out = replay.again("linear_packed", (x, packed, bias), n)
+    if out is not None:
+        return out
     _check_linear_packed(x, packed, n, bias)
     kernels = ops._gpu()
     if kernels is None:
         return reference.linear(x, *packing.unpack(packed, n, x.shape[-1]), bias)
-    return kernels.linear_packed(x, packed, n, bias)
+    return replay.learn("linear_packed", (x, packed, bias), n, lambda: kernels.linear_packed(x, packed, n, bias))
 
 
 _library.impl("pack", _pack_kernel, "CompositeExplicitAutograd")
@@ -129,12 +133,15 @@ class _LinearPacked(torch.autograd.Function):
         return ops._gradients(ctx, grad, lambda: unpack(*ctx.saved_tensors, *ctx.shape))
 
 
-def _linear_packed_autograd(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+def _linear_packed_autograd(keys: Any, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
     if forward_ad._current_level >= 0:
         return _linear_unpacked(x, packed, n, bias)
     if ops._needs_derivative(x, bias):
         _check_linear_packed(x, packed, n, bias)
         return _LinearPacked.apply(x, packed, n, bias)
+    out = replay.again("linear_packed", (x, packed, bias), n) if ops._nothing_between(keys) else None
+    if out is not None:
+        return out
     with torch._C._AutoDispatchBelowAutograd():
         return linear_packed(x, packed, n, bias)
 
@@ -150,7 +157,7 @@ def _linear_packed_autocast(device: str, key: str, x: Tensor, packed: Tensor, n:
 
 _library.impl("pack", _pack_autograd, "Autograd")
 _library.impl("unpack", _unpack_autograd, "Autograd")
-_library.impl("linear_packed", _linear_packed_autograd, "Autograd")
+_library.impl("linear_packed", _linear_packed_autograd, "Autograd", with_keyset=True)
 _library.impl("linear_packed", _linear_unpacked, "FuncTorchDynamicLayerFrontMode")
 for _device, _key in ops.AUTOCAST_KEYS:
     _library.impl("linear_packed", functools.partial(_linear_packed_autocast, _device, _key), _key)

@@ -7,7 +7,7 @@ each other:
 - 128 rows of elements. A word holds four: of two rows r and r + 8, at two neighbouring elements of K (the second in
   the upper half), which is what a lane of a warp contributes to one matrix instruction. The four words that a lane
   needs for 16 rows by 32 elements are neighbours, so it reads 16 bytes at once. The two rows are interleaved bit by
-  bit (see ``_interleave``). From the slowest to the fastest, the bits of a word's place are k6, r6, k5, r5 r4,
+  bit (see ``_EXCHANGES``). From the slowest to the fastest, the bits of a word's place are k6, r6, k5, r5 r4,
   r2 r1 r0, k2 k1, k4, k3: a quarter is 64 rows by 64 elements.
 - 4 rows of scales: a word for each row of the weight with the four bytes of its 128 elements, the bits of its place
   r6, r5 r4, r2 r1 r0, r3.
@@ -18,6 +18,9 @@ every bit.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,7 +38,13 @@ WORDS = 32
 
 PACKED_DTYPE = torch.int32
 
-_CHUNK = 1 << 22  # elements packed at a time: bounds the memory of the intermediate results
+_CHUNK = 1 << 21
+"""Elements packed at a time on a CPU. With the intermediate results, three bytes for each, they stay in its caches."""
+_DEVICE_CHUNK = 1 << 24
+"""The same on other devices, where larger parts mean fewer launches."""
+_GAP = 64
+"""Bytes between the rows of an intermediate result: rows at a distance of a power of two compete for a few lines of a
+CPU's cache."""
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int]:
@@ -62,22 +71,15 @@ def check_packed(packed: Tensor, n: int, k: int) -> None:
 def pack(weight: Tensor, scale: Tensor) -> Tensor:
     """``weight [N, K]`` and ``scale [N, K/32]``, checked already, as one packed tensor."""
     n, k = weight.shape
-    across = _blocks(k, COLUMNS)
     packed = torch.empty(packed_shape(n, k), dtype=PACKED_DTYPE, device=weight.device)
-    blocks = packed[:-1].view(-1, across, BLOCK_ROWS, WORDS)
-    exact = torch.zeros(2, dtype=PACKED_DTYPE, device=weight.device)
-    step = max(1, _CHUNK // (ROWS * COLUMNS * across))
-    for first in range(0, len(blocks), step):
-        part = blocks[first : first + step]
-        rows = slice(first * ROWS, (first + len(part)) * ROWS)
-        elements, scales = weight[rows].view(torch.uint8), scale[rows]
-        exact |= _needs_exact(elements, scales)
-        elements = _padded(elements, len(part) * ROWS, across * COLUMNS, 0)
-        scales = _padded(scales, len(part) * ROWS, across * COLUMNS // BLOCK_SIZE, SCALE_BIAS)
-        part[:, :, :ROWS] = _pack_elements(elements, len(part), across)
-        part[:, :, ROWS:] = _pack_scales(scales, len(part), across)
     packed[-1] = 0
-    packed[-1, :2] = exact
+    exact = packed[-1, :2]
+    for part, rows, columns, groups in _parts(packed, k):
+        elements = _padded(weight.view(torch.uint8)[rows, columns], part, COLUMNS, 0)
+        scales = _padded(scale.view(torch.uint8)[rows, groups], part, COLUMNS // BLOCK_SIZE, SCALE_BIAS)
+        exact |= _needs_exact(elements, scales)
+        _pack_elements(elements, part)
+        _pack_scales(scales, part)
     return packed
 
 
@@ -89,87 +91,160 @@ def exact_marks(packed: Tensor) -> tuple[bool, bool]:
 
 def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """The weight ``[n, k]`` and scale ``[n, k/32]`` that were packed, bit for bit."""
-    across = _blocks(k, COLUMNS)
-    blocks = packed[:-1].view(-1, across, BLOCK_ROWS, WORDS)
     weight = torch.empty(n, k, dtype=torch.uint8, device=packed.device)
     scale = torch.empty(n, k // BLOCK_SIZE, dtype=SCALE_DTYPE, device=packed.device)
-    step = max(1, _CHUNK // (ROWS * COLUMNS * across))
-    for first in range(0, len(blocks), step):
-        part = blocks[first : first + step]
-        rows = slice(first * ROWS, (first + len(part)) * ROWS)
-        count = len(weight[rows])
-        weight[rows] = _unpack_elements(part[:, :, :ROWS])[:count, :k]
-        scale[rows] = _unpack_scales(part[:, :, ROWS:])[:count, : k // BLOCK_SIZE]
+    for part, rows, columns, groups in _parts(packed, k):
+        _store(_unpack_elements(part), weight[rows, columns])
+        _store(_unpack_scales(part), scale[rows, groups])
     return weight.view(ELEMENT_DTYPE), scale
 
 
-# --- elements: row = (block, r6, r54, r3, r210), element = (block, k6, k5, k4, k3, k21, k0) --------------------------
+def _parts(packed: Tensor, k: int) -> Iterator[tuple[Tensor, slice, slice, slice]]:
+    """Some blocks ``[down, across, 132, 32]`` at a time, with their rows and columns of the weight and of the scale."""
+    across = _blocks(k, COLUMNS)
+    blocks = packed[:-1].view(-1, across, BLOCK_ROWS, WORDS)
+    count = max(1, (_CHUNK if packed.is_cpu else _DEVICE_CHUNK) // (ROWS * COLUMNS))
+    high, wide = max(1, count // across), min(count, across)
+    for down, right in itertools.product(range(0, len(blocks), high), range(0, across, wide)):
+        part = blocks[down : down + high, right : right + wide]
+        rows = slice(down * ROWS, (down + high) * ROWS)
+        columns, groups = (slice(right * width, (right + wide) * width) for width in (COLUMNS, COLUMNS // BLOCK_SIZE))
+        yield part, rows, columns, groups
 
 
-def _pack_elements(elements: Tensor, down: int, across: int) -> Tensor:
-    bits = elements.view(down, 2, 4, 2, 8, across, 2, 2, 2, 2, 4, 2).to(torch.int32)
-    halves = _interleave(bits[:, :, :, 0], bits[:, :, :, 1])  # block, r6, r54, r210, block, k6, k5, k4, k3, k21, k0
-    words = halves[..., 0] | (halves[..., 1] << 16)
-    return words.permute(0, 4, 5, 1, 6, 2, 3, 9, 7, 8).reshape(down, across, ROWS, WORDS)
+# --- elements: row = (block, r6, r54, r3, r210), element = (block, k6, k5, k43, k210) --------------------------------
+#
+# First, elements are sorted: the eight neighbours of k210 move together, in an int64, to k43, r3, block, k6, r6, k5,
+# r54, r210. But for k43 this is the order of the packed tensor, so that what follows goes through memory in long runs.
+# Then the two halves along r3 exchange bits with each other, until r3, k1, k0 and the bits of the codes are in place
+# within int32 (k2 is, from the start). These words go where they belong.
+
+_EXCHANGES = ((0, 0x70707070), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF))
+"""Shift and mask of the exchanges (see ``_exchange``) between four codes of row r in an int32, ``one``, and the four of
+row r + 8, ``other``.
+
+They interleave a code a7..a0 of row r and b7..b0 of row r + 8 in 16 bits, so that each becomes a bfloat16 in few
+operations: a lies where a bfloat16 of 2**-120 times its value has sign, exponent and mantissa (bits 15 and 10..4), and
+b comes to lie there too when its low four bits move up by 4 and its upper bits: the sign by 4, the rest down by 4.
+
+    shift  one                             other
+           a7 a6 a5 a4 a3 a2 a1 a0         b7 b6 b5 b4 b3 b2 b1 b0
+    0      a7 b6 b5 b4 a3 a2 a1 a0         b7 a6 a5 a4 b3 b2 b1 b0
+    4      a7 b6 b5 b4 b7 a6 a5 a4         a3 a2 a1 a0 b3 b2 b1 b0         upper bytes, lower bytes
+    8      16 bits of elements 3 and 1     16 bits of elements 2 and 0
+    16     the word of elements 3 and 2    the word of elements 1 and 0
+
+An exchange undoes itself: in reverse order, they separate the codes again.
+"""
 
 
-def _unpack_elements(words: Tensor) -> Tensor:
-    down, across = words.shape[:2]
-    words = words.reshape(down, across, 2, 2, 2, 4, 8, 4, 2, 2).permute(0, 3, 5, 6, 1, 2, 4, 8, 9, 7)
-    rows = [torch.stack(_separate(half), 3) for half in (words & 0xFFFF, (words >> 16) & 0xFFFF)]
-    return torch.stack(rows, -1).reshape(down * ROWS, across * COLUMNS).to(torch.uint8)
+def _exchange(one: Tensor, other: Tensor, shift: int, mask: int) -> None:
+    """Exchanges the bits of ``one`` under ``mask`` with those that lie ``shift`` higher in ``other``, in place."""
+    difference = other >> shift
+    difference ^= one
+    difference &= mask
+    one ^= difference
+    difference <<= shift
+    other ^= difference
 
 
-def _interleave(one: Tensor, other: Tensor) -> Tensor:
-    """The codes of rows r and r + 8 in 16 bits, so that each becomes a bfloat16 in few operations: ``one`` lies
-    where a bfloat16 of 2**-120 times its value has sign, exponent and mantissa (bits 15 and 10..4), and ``other``
-    comes to lie there too when its low four bits move up by 4 and its upper bits: the sign by 4, the rest down by 4.
-    """
-    return ((one & 0x80) << 8) | ((one & 0x7F) << 4) | ((other & 0x80) << 4) | ((other & 0x70) << 8) | (other & 0x0F)
+def _pack_elements(elements: Tensor, part: Tensor) -> None:
+    one, other, moves = _halves(_by_place(elements).contiguous(), part)
+    for shift, mask in _EXCHANGES:
+        _exchange(one, other, shift, mask)
+    for half, words in moves:
+        words.copy_(half)
 
 
-def _separate(half: Tensor) -> tuple[Tensor, Tensor]:
-    one = ((half >> 8) & 0x80) | ((half >> 4) & 0x7F)
-    other = ((half >> 4) & 0x80) | ((half >> 8) & 0x70) | (half & 0x0F)
-    return one, other
+def _unpack_elements(part: Tensor) -> Tensor:
+    elements = _rows(part, COLUMNS)
+    unsorted = _by_place(elements)
+    in_order = torch.empty(unsorted.shape, dtype=unsorted.dtype, device=part.device)
+    one, other, moves = _halves(in_order, part)
+    for half, words in moves:
+        half.copy_(words)
+    for shift, mask in reversed(_EXCHANGES):
+        _exchange(one, other, shift, mask)
+    for k5 in range(2):  # in one copy the runs would be short: of both k5, with all of k6 and the blocks far away
+        unsorted.select(6, k5).copy_(in_order.select(6, k5))
+    return elements
+
+
+def _by_place(elements: Tensor) -> Tensor:
+    """Rows of whole blocks as int64 ``[k43, r3, down, across, k6, r6, k5, r54, r210]``, a view."""
+    return (
+        elements.view(torch.int64)
+        .unflatten(1, (-1, 2, 2, 4))
+        .unflatten(0, (-1, 2, 4, 2, 8))
+        .permute(8, 3, 0, 5, 6, 1, 7, 2, 4)
+    )
+
+
+def _halves(elements: Tensor, part: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """The halves of sorted elements as int32, and which of their pieces belongs where in a part after the exchanges."""
+    down, across = part.shape[:2]
+    one, other = elements.view(PACKED_DTYPE).view(4, 2, down, across, -1, 2).unbind(1)
+    words = part[:, :, :ROWS].reshape(down, across, -1, 2, 2, 4)  # down, across, k6 .. r210, k2, k1, k43
+    return one, other, [(half[i], words[..., k1, i]) for k1, half in enumerate((other, one)) for i in range(4)]
 
 
 # --- scales: row as above, a word of four bytes ----------------------------------------------------------------------
 
 
-def _pack_scales(scales: Tensor, down: int, across: int) -> Tensor:
-    bytes_ = scales.view(down, 2, 4, 2, 8, across, 4).permute(0, 5, 1, 2, 4, 3, 6).contiguous()
-    return bytes_.view(PACKED_DTYPE).view(down, across, BLOCK_ROWS - ROWS, WORDS)
+def _pack_scales(scales: Tensor, part: Tensor) -> None:
+    words = _scale_words(scales)
+    part[:, :, ROWS:].view(words.shape).copy_(words)
 
 
-def _unpack_scales(words: Tensor) -> Tensor:
-    down, across = words.shape[:2]
-    bytes_ = words.contiguous().view(torch.uint8).view(down, across, 2, 4, 8, 2, 4)
-    return bytes_.permute(0, 2, 3, 5, 4, 1, 6).reshape(down * ROWS, across * COLUMNS // BLOCK_SIZE)
+def _unpack_scales(part: Tensor) -> Tensor:
+    scales = _rows(part, COLUMNS // BLOCK_SIZE)
+    words = _scale_words(scales)
+    words.copy_(part[:, :, ROWS:].reshape(words.shape))
+    return scales
+
+
+def _scale_words(scales: Tensor) -> Tensor:
+    """Rows of whole blocks as int32 ``[down, across, r6, r54, r210, r3]``, a view."""
+    return scales.view(PACKED_DTYPE).unflatten(0, (-1, 2, 4, 2, 8)).permute(0, 5, 1, 2, 4, 3)
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _needs_exact(elements: Tensor, scales: Tensor) -> Tensor:
-    """Whether fast decoding would be wrong somewhere, for bfloat16 and for float16, as two int32.
+    """Whether fast decoding would be wrong somewhere, for bfloat16 and for float16.
 
     Fast decoding multiplies an element, 2**-120 (bfloat16) or 2**-8 (float16) too small, by a power of two of that
     type, once. That power overflows for scale bytes above 134. In float16 it vanishes below 95 as well, which does
     no harm where the elements are zero. And it knows no NaN.
     """
-    magnitudes = elements & 0x7F
-    blocks = magnitudes.unflatten(-1, (-1, BLOCK_SIZE)).amax(-1)
-    either = (blocks == 0x7F).any() | (scales > 134).any()
-    return torch.stack([either, either | ((scales < 95) & (blocks > 0)).any()]).to(PACKED_DTYPE)
+    nan = (elements.view(torch.int8).amax() == 0x7F) | (elements.amax() == 0xFF)
+    either = nan | (scales.amax() > 134)
+    first, *others = elements.view(torch.int64).unflatten(1, (-1, 4)).unbind(-1)  # four int64 are a block of the format
+    for eight in others:
+        first = first | eight
+    nonzero = (first & 0x7F7F7F7F7F7F7F7F).bool()
+    return torch.stack([either, either | (nonzero & (scales < 95)).amax()])
 
 
-def _padded(tensor: Tensor, rows: int, columns: int, value: int) -> Tensor:
-    if tuple(tensor.shape) == (rows, columns):
-        return tensor.contiguous()
-    out = tensor.new_full((rows, columns), value)
-    out[: tensor.shape[0], : tensor.shape[1]] = tensor
-    return out
+def _rows(part: Tensor, width: int) -> Tensor:
+    """Room for the rows of a part, with ``width`` bytes of each block."""
+    down, across = part.shape[:2]
+    return torch.empty(down * ROWS, across * width + _GAP, dtype=torch.uint8, device=part.device)[:, :-_GAP]
+
+
+def _padded(bytes_: Tensor, part: Tensor, width: int, value: int) -> Tensor:
+    """A copy, as ``_rows``, with ``value`` wherever a block goes beyond the edge of the weight."""
+    rows = _rows(part, width)
+    if rows.shape != bytes_.shape:
+        rows.fill_(value)
+    rows[: bytes_.shape[0], : bytes_.shape[1]] = bytes_
+    return rows
+
+
+def _store(rows: Tensor, into: Tensor) -> None:
+    """The reverse of ``_padded``."""
+    into.copy_(rows[: into.shape[0], : into.shape[1]])
 
 
 def _blocks(length: int, size: int) -> int:

@@ -1,4 +1,4 @@
-"""The kernels on packed weights compiled for Hopper where there is none, as ``mxfp8_ops.gpu.packed`` launches them;
+"""The kernels for Hopper compiled where there is none, as ``mxfp8_ops.gpu.hopper`` launches them;
 and weights for tests of them. Needs Triton.
 """
 
@@ -17,14 +17,16 @@ import torch
 import triton
 from helpers import expected_from_float64
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import packed, plans
+from mxfp8_ops.gpu import hopper, plans
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_TYPES |= {torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 
 
 def one_code_a_row(scales: Sequence[int], k: int, nan: bool = True) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,7 @@ class Launch:
 class Compiled:
     """What a compiled kernel takes from a multiprocessor, and what the assembler said about it."""
 
+    ttgir: str
     ptx: str
     shared: int
     registers: int
@@ -76,15 +79,41 @@ class Compiled:
 
 
 def launches(
-    plan: plans.Plan, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, bias: bool = False
+    plan: plans.Plan,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+    packed: bool = True,
 ) -> list[Launch]:
-    """What a plan launches for ``x [m, k]`` and a packed weight ``[n, k]``, of which nothing is computed."""
+    """What a plan launches for ``x [m, k]`` and a weight ``[n, k]``, packed or not, of which nothing is computed."""
     recorded: list[Launch] = []
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
-        x, weight = torch.empty(m, k, dtype=dtype), torch.empty(packing.packed_shape(n, k), dtype=torch.int32)
-        packed._run(plan, x, weight, torch.empty(n, dtype=dtype) if bias else None, torch.empty(m, n, dtype=dtype))
+        patch.setattr(hopper, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
+        x, out = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+        offset = torch.empty(n, dtype=dtype) if bias else None
+        hopper._run(plan, x, source_of(n, k, packed), offset, out)
     return recorded
+
+
+def source_of(n: int, k: int, packed: bool) -> Tensor | hopper.Canonical:
+    """A weight ``[n, k]`` as ``hopper`` takes it, on the current device."""
+    if packed:
+        return torch.empty(packing.packed_shape(n, k), dtype=torch.int32)
+    return hopper.Canonical(torch.empty(n, k // 4, dtype=torch.int32), torch.empty(n, k // 128, dtype=torch.int32))
+
+
+def tiled_kernels(packed: bool) -> list[plans.Tiled]:
+    """Every kernel on tiles that the model knows, as a plan without parts; for canonical weights, as dispatch uses
+    them: for more than 8 rows.
+    """
+    found: list[plans.Tiled] = []
+    for kind in plans.TABLE:
+        if packed and isinstance(kind, plans.Skinny) and kind.rows == 16:
+            found.append(replace(kind, rows=8))
+        found.append(kind)
+    return found
 
 
 def one_tile(plan: plans.Plan) -> plans.Plan:
@@ -94,10 +123,8 @@ def one_tile(plan: plans.Plan) -> plans.Plan:
     return replace(plan, parts=1, split=0) if isinstance(plan, plans.Wide) else plan
 
 
-def compile_for_hopper(launch: Launch, folder: Path) -> Compiled:
-    """Compiles with Triton, which builds on numbers that are 1 or multiples of 16; assembles once more to see a log."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
+def compile_for(launch: Launch, target: GPUTarget) -> Any:
+    """Compiles with Triton, which builds on numbers that are 1 or multiples of 16, for a chip that is not there."""
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -115,13 +142,21 @@ def compile_for_hopper(launch: Launch, folder: Path) -> Compiled:
     options = {"num_warps": launch.num_warps} | ({"maxnreg": launch.maxnreg} if launch.maxnreg else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a version of Triton has to say about its own future
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        return triton.compile(source, target=target, options=options)
+
+
+def compile_for_hopper(launch: Launch, folder: Path) -> Compiled:
+    """Compiles, and assembles once more to see a log."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    compiled = compile_for(launch, GPUTarget("cuda", 90, 32))
     path = folder / "kernel.ptx"
     path.write_text(compiled.asm["ptx"])
     command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(folder / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Compiled(
+        ttgir=compiled.asm["ttgir"],
         ptx=compiled.asm["ptx"],
         shared=compiled.metadata.shared,
         registers=_number(r"Used (\d+) registers", done.stderr),

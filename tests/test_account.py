@@ -236,6 +236,18 @@ def test_decoding_is_the_one_of_the_codes_and_of_the_dtype_of_x(
     assert row.kernel == "mxfp8.linear_packed (cuda)"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_decoding_is_reported_where_the_chip_dequantizes_packed_weights_in_every_call(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(ops, "kernel_name", lambda name, device: "cuda, dequantized in every call")
+    (row,) = account(marked(94), rows(dtype=dtype)).weights
+    name = str(dtype).removeprefix("torch.")
+    assert row.decoding == {name: "dequantized"}
+    assert row.reason == f"packed, dequantized in every call for {name}; the flag is not on"
+    assert row.kernel == "mxfp8.linear_packed (cuda, dequantized in every call)"
+
+
 def test_every_dtype_of_x_has_its_decoding() -> None:
     packed = marked(94)
     (row,) = account(lambda x: [packed(x), packed(x.half()), packed(x.half())], rows()).weights

@@ -15,6 +15,7 @@ import lowering
 import mxfp8_ops
 from lowering import released, report
 from mxfp8_ops import ops, reference
+from mxfp8_ops.gpu import replay
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +83,46 @@ def test_kernels_off_is_the_reference_with_equal_bits(monkeypatch: pytest.Monkey
     actual = mxfp8_ops.linear(x, weight, scale, bias), mxfp8_ops.dequant(weight, scale), *mxfp8_ops.quantize(x)
     for one, other in zip(actual, expected, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_that_are_only_launched_again_see_their_own_tensors(dtype: torch.dtype, m: int) -> None:
+    x, weight, scale, bias = exact_linear_inputs(m, 300, 1056, dtype)
+    canonical, scale_there = weight.cuda(), scale.cuda()
+    packed = mxfp8_ops.pack(canonical, scale_there)
+    replay.forget()
+    kept = []
+    for turn in range(replay.TRIES + 3):
+        rows, offset = x.roll(turn, 0), bias.roll(turn)
+        expected = reference.linear(rows, weight, scale, offset)
+        there = rows.cuda(), offset.cuda()
+        kept.append((mxfp8_ops.linear(there[0], canonical, scale_there, there[1]), expected))
+        kept.append((mxfp8_ops.linear_packed(there[0], packed, 300, there[1]), expected))
+        kept.append((mxfp8_ops.linear_packed(there[0][None], packed, 300, there[1])[0], expected))
+        kept.append((mxfp8_ops.dequant(canonical, scale_there, dtype), expected_from_float64(weight, scale, dtype)))
+    for actual, expected in kept:
+        assert_same(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_packed", "dequant"])
+def test_an_operator_with_little_to_do_is_only_launched_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("what is launched on other chips was not looked at")
+    x, weight, scale, bias = (each.cuda() for each in exact_linear_inputs(1, 300, 1056, torch.bfloat16))
+    packed = mxfp8_ops.pack(weight, scale)
+    call = {
+        "linear": lambda: mxfp8_ops.linear(x, weight, scale, bias),
+        "linear_packed": lambda: mxfp8_ops.linear_packed(x, packed, 300, bias),
+        "dequant": lambda: mxfp8_ops.dequant(weight, scale),
+    }[name]
+    for _ in range(replay.TRIES + 1):
+        expected = call()
+    monkeypatch.setattr(replay, "learn", None)
+    for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with context():
+            assert_same(call(), expected)
 
 
 @FLAGS

@@ -6,6 +6,7 @@ the driver is recorded; times are made up.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -32,13 +33,14 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import LazyDict
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.runtime.driver import driver
 from triton.runtime.jit import native_specialize_impl
 
 from mxfp8_ops.gpu import launch as launching
 from mxfp8_ops.gpu import tune
 from mxfp8_ops.gpu.launch import box, launch, specialization
+from mxfp8_ops.gpu.versions import load_box
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def copy(source, out, n, ROWS: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(full, count=1)
     mbarrier.expect(full, ROWS * 64 * 2)
-    tma.async_copy_global_to_shared(source, [0, 0], full, tile)
+    load_box(source, [0, 0], full, tile)
     mbarrier.wait(full, 0)
     THREADS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, THREADS))[:, None]
@@ -94,11 +96,13 @@ class Device:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.encoded = 0
+        self.unloaded: list[Any] = []
         self.loads = itertools.count(1000)
         self.stream = 7
         self.launcher_cls = nvidia.CudaLauncher
         self.utils = SimpleNamespace(
             load_binary=lambda *args: (object(), next(self.loads), 32, 0, 1024),
+            unload_module=self.unloaded.append,
             get_device_properties=lambda device: {"max_shared_mem": 232448},
             build_signature_metadata=lambda signature: tuple(signature),
             launch=self.launch,
@@ -268,6 +272,17 @@ def test_options_and_constants_tell_kernels_apart(device: Device) -> None:
             functions.add(device.last()[4])
     assert len(functions) == 6
     assert known() == 6
+
+
+def test_code_that_is_launched_directly_stays_loaded(device: Device) -> None:
+    """Triton unloads what it has forgotten, from version 3.8 on."""
+    launch(add, (1,), CASES[0], (64, "name"))
+    assert known() == 1
+    add.device_caches.clear()
+    gc.collect()
+    assert not device.unloaded
+    launch(add, (1,), CASES[0], (64, "name"))
+    assert len(device.calls) == 2
 
 
 def test_a_launch_goes_to_the_stream_that_is_current(device: Device) -> None:
@@ -472,7 +487,7 @@ def test_interpreted_kernels_run_without_a_device() -> None:
         "from mxfp8_ops.gpu.launch import launch\n"
         "codes, scale = torch.full((64,), 0x38, dtype=torch.uint8), torch.full((2,), 128, dtype=torch.uint8)\n"
         "out = torch.zeros(64)\n"
-        "for _ in range(2): launch(kernel, (1,), (codes, scale, out, 2), (32, 128))\n"
+        "for _ in range(2): launch(kernel, (1,), (codes, scale, out, 2), (False, 32, 128))\n"
         "assert bool((out == 2).all()), out\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -76,6 +76,17 @@ def test_any_strides_and_e8m0_scales_are_packed_to_the_same_bits() -> None:
             assert_same(mxfp8_ops.pack(elements, scales), packed)
 
 
+def test_bytes_at_any_address_are_packed_to_the_same_bits() -> None:
+    weight, scale = random_codes(130, 160)
+    packed = mxfp8_ops.pack(weight, scale)
+    for offset in range(1, 8):
+        elements, scales = (
+            torch.empty(matrix.numel() + offset, dtype=torch.uint8)[offset:].view(matrix.shape).copy_(matrix)
+            for matrix in (weight.view(torch.uint8), scale)
+        )
+        assert_same(mxfp8_ops.pack(elements.view(weight.dtype), scales), packed)
+
+
 def test_a_packed_tensor_under_other_strides_is_unpacked() -> None:
     weight, scale = random_codes(130, 160)
     for packed in strided(mxfp8_ops.pack(weight, scale)):
@@ -110,10 +121,11 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
         if row is not None:
             codes[row, 150] = 0x7F
         packed = mxfp8_ops.pack(weight, scale)
-        with monkeypatch.context() as patch:
-            patch.setattr(packing, "_CHUNK", 2 * 128 * 256)
-            assert_same(mxfp8_ops.pack(weight, scale), packed)
-            assert_all_same(mxfp8_ops.unpack(packed, 520, 160), (weight, scale))
+        for blocks in (1, 2, 4):  # of two along K: a part is half the columns, all of them, or more rows
+            with monkeypatch.context() as patch:
+                patch.setattr(packing, "_CHUNK", blocks * 128 * 128)
+                assert_same(mxfp8_ops.pack(weight, scale), packed)
+                assert_all_same(mxfp8_ops.unpack(packed, 520, 160), (weight, scale))
         assert flags(packed) == ([0, 0] if row is None else [1, 1])
         if row is not None:
             codes[row, 150] = 0

@@ -120,6 +120,33 @@ def test_kernel_name_is_the_device_own_only_while_kernels_are_on(monkeypatch: py
         assert ops.kernel_name("named", cpu) == "reference"
 
 
+@pytest.mark.parametrize(
+    ("hip", "capability", "packed"),
+    [
+        (None, (9, 0), "cuda"),
+        (None, (8, 0), "cuda, dequantized in every call"),
+        (None, (8, 9), "cuda, dequantized in every call"),
+        (None, (10, 0), "cuda, dequantized in every call"),
+        ("7.0", (9, 0), "cuda, dequantized in every call"),  # gfx90a
+    ],
+)
+def test_kernel_name_of_a_packed_linear_says_what_the_chip_does(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int], packed: str
+) -> None:
+    dispatch = pytest.importorskip("mxfp8_ops.gpu.dispatch")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "_gluon", True)
+    device = torch.device("cuda", 0)
+    assert ops.kernel_name("linear_packed", device) == packed
+    assert report.kernel_text("mxfp8.linear_packed", "cuda:0") == f"mxfp8.linear_packed ({packed})"
+    assert ops.kernel_name("linear", device) == ops.kernel_name("dequant", device) == "cuda"
+    monkeypatch.setattr(dispatch, "_gluon", False)  # its kernels did not compile
+    assert ops.kernel_name("linear_packed", device) == "cuda, dequantized in every call"
+    monkeypatch.setenv("MXFP8_KERNELS", "off")
+    assert ops.kernel_name("linear_packed", device) == "reference"
+
+
 # --- both ----------------------------------------------------------------------------------------------------
 
 

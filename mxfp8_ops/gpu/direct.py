@@ -133,7 +133,7 @@ def _load_x(
 def _decode(words, scales, WARPS: gl.constexpr, A: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
     """The weight ``[WARPS, 16, 128]``."""
     one, other = gl.split(scales)
-    pair_one, pair_other = separate(words)
+    pair_one, pair_other = separate(words, DTYPE, EXACT)
     pair_one = scaled(pair_one, _four_scales(one, words, DTYPE, EXACT), DTYPE, EXACT)
     pair_other = scaled(pair_other, _four_scales(other, words, DTYPE, EXACT), DTYPE, EXACT)
     return operand(pair_one, pair_other, [WARPS, 16, 128], A, DTYPE)

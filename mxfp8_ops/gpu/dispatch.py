@@ -15,56 +15,66 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.errors import TritonError
 
-from . import elementwise, gemv
+from . import elementwise, gemv, replay
 
 
 def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``mxfp8_ops.reference.dequant``."""
     with _on(weight.device):
-        return elementwise.dequant(weight, scale, dtype)
+        return elementwise.dequant(weight, scale, dtype, converts_e4m3(weight.device))
 
 
 def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """See ``mxfp8_ops.reference.quantize``."""
     with _on(x.device):
-        return elementwise.quantize(x, rule)
+        return elementwise.quantize(x, rule, converts_e4m3(x.device))
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """See ``mxfp8_ops.reference.linear``. Some rows are computed from the one-byte weight; for more, the weight is
-    dequantized as a whole first.
+    """See ``mxfp8_ops.reference.linear``. Where there are no kernels for as many rows, the weight is dequantized as a
+    whole first.
     """
     rows = x.numel() // weight.shape[1]
     out = None
-    if 1 <= rows <= _MMA_ROWS:
+    if rows > 0:
         with _on(x.device):
-            out = _few_rows(x.reshape(rows, -1), weight, scale, bias)
+            out = _one_byte_weight(x.reshape(rows, -1), weight, scale, bias)
     if out is None:
         return F.linear(x, dequant(weight, scale, x.dtype), bias).contiguous()
     return out.view(*x.shape[:-1], -1)
 
 
-def _few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``linear`` for ``x [M, K]``, on tensor cores where there are kernels for that; None where M is too much for the
-    others.
-    """
-    rows, (n, k) = len(x), weight.shape
-    native = _converts_e4m3(x.device)
-    if rows > _GEMV_ROWS and native and x.dtype != torch.float32 and weight.numel() < 2**31:
-        kernels = _gluon_kernels("mma")
-        if kernels is not None:
-            plan = kernels.plan(rows, n, k, _processors(x.device))
-            offset = None if bias is None else bias.contiguous()
-            out = _or_none(kernels.linear, _aligned(x), _aligned(weight), scale.contiguous(), offset, plan)
-            if out is not None:
-                return out
-    if rows > gemv.MAX_ROWS:
-        return None
-    return gemv.linear(x.contiguous(), weight, scale, bias, native)
-
-
 _GEMV_ROWS = 2  # beyond, tensor cores are faster
+_HOPPER_ROWS = 9  # and from here on those of Hopper
 _MMA_ROWS = 64
+_MOST_ROWS = 3072  # beyond, it hardly matters how long it takes to dequantize a weight once
+
+
+def _one_byte_weight(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``linear`` for ``x [M, K]``, M > 0; None where M is too much for the kernels that there are."""
+    rows = len(x)
+    native = converts_e4m3(x.device)
+    if rows <= _MOST_ROWS and native and x.dtype != torch.float32 and weight.numel() < 2**31:
+        offset = None if bias is None else bias.contiguous()
+        out = _in_gluon(_aligned(x), _aligned(weight), _aligned(scale), offset)
+        if out is not None:
+            return out
+    return gemv.linear(x.contiguous(), weight, scale, bias, native) if rows <= gemv.MAX_ROWS else None
+
+
+def _in_gluon(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """None where there are no kernels for as many rows, or where Gluon fails."""
+    rows, (n, k) = len(x), weight.shape
+    hopper = _hopper_kernels(x.device) if rows >= _HOPPER_ROWS and k % 128 == 0 else None
+    if hopper is not None:
+        return _or_none(hopper.linear, x, weight, scale, bias)
+    if _GEMV_ROWS < rows <= _MMA_ROWS:
+        kernels = _gluon_kernels("mma")
+        chosen = None if kernels is None else kernels.plan(rows, n, k, _processors(x.device))
+    else:
+        kernels = _gluon_kernels("vector") if rows == 1 else None
+        chosen = _processors(x.device)
+    return None if kernels is None else _or_none(kernels.linear, x, weight, scale, bias, chosen)
 
 
 def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
@@ -80,10 +90,15 @@ def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Ten
     with _on(x.device):
         kernels = _hopper_kernels(x.device) if x.dtype != torch.float32 and packed.numel() < 2**31 else None
         if kernels is not None:
-            out = _or_none(kernels.linear, _aligned(x.reshape(rows, k)), packed, n, bias)
+            out = _or_none(kernels.linear_packed, _aligned(x.reshape(rows, k)), packed, n, bias)
             if out is not None:
                 return out.view(*x.shape[:-1], n)
         return F.linear(x, elementwise.dequant_packed(packed, n, k, x.dtype), bias).contiguous()
+
+
+def reads_packed(device: torch.device) -> bool:
+    """Whether there are kernels for packed weights on a device: elsewhere they are dequantized in every call."""
+    return _hopper_kernels(device) is not None
 
 
 _gluon = True
@@ -92,7 +107,7 @@ _gluon = True
 def _hopper_kernels(device: torch.device) -> ModuleType | None:
     if torch.version.hip is not None or _capability(device) != (9, 0):
         return None
-    return _gluon_kernels("packed")
+    return _gluon_kernels("hopper")
 
 
 def _gluon_kernels(name: str) -> ModuleType | None:
@@ -121,6 +136,7 @@ def _do_without_gluon(error: Exception) -> None:
     """Gluon is experimental: another version of Triton may not know what the kernels use."""
     global _gluon
     _gluon = False
+    replay.forget()
     message = str(error).splitlines()[-1] if str(error) else repr(error)
     warnings.warn(
         f"MXFP8 weights are dequantized in every call, but for a few rows: kernels in Gluon fail ({message})",
@@ -148,7 +164,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _converts_e4m3(device: torch.device) -> bool:
+def converts_e4m3(device: torch.device) -> bool:
     """Whether the hardware, and so Triton, knows the type: NVIDIA from sm_89 on."""
     return torch.version.hip is None and _capability(device) >= (8, 9)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .versions import reinterpret
+
 # Words of a tile as a tensor [r654, r210, k5, k4, k3, k21], scales as [r654, r210, r3]: where each bit is, in order.
 _WORD_PLACE = ("k3", "k4", "k1", "k2", "r0", "r1", "r2", "r4", "r5", "k5", "r6")
 _SCALE_PLACE = ("r3", "r0", "r1", "r2", "r4", "r5", "r6")
@@ -40,7 +42,9 @@ _IN_PLACE = gl.constexpr(0x87F087F0 - 2**32)
 _MOVED_UP = gl.constexpr(0x80F080F0 - 2**32)
 _MOVED_DOWN = gl.constexpr(0x07000700)
 _SIGNS = gl.constexpr(0x80008000 - 2**32)
-_MAGNITUDES = gl.constexpr(0x07F007F0)
+_FLOAT16_MAGNITUDES = gl.constexpr(0x3F803F80)
+_FLOAT16_LOWER = gl.constexpr(0x07800780)
+_FLOAT16_UPPER = gl.constexpr(0x38003800)
 _UPPER = gl.constexpr(0xFFFF0000 - 2**32)
 
 _MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
@@ -67,11 +71,11 @@ def weight_fragment(
     """
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     WORD: gl.constexpr = _any_words(ROWS, OPERAND).type.layout
-    word = words._reinterpret(gl.int32, [ROWS // 16, 8, 2, 2, 2, 4], words_layout(ROWS)).load(WORD)
+    word = reinterpret(words, gl.int32, [ROWS // 16, 8, 2, 2, 2, 4], words_layout(ROWS)).load(WORD)
     one, other = _scale_words(scales, ROWS, WORD)
     scale_one = _scale_operand(one, HALF, word, WORD, DTYPE, EXACT)
     scale_other = _scale_operand(other, HALF, word, WORD, DTYPE, EXACT)
-    pair_one, pair_other = separate(word)
+    pair_one, pair_other = separate(word, DTYPE, EXACT)
     pair_one = scaled(pair_one, scale_one, DTYPE, EXACT)
     pair_other = scaled(pair_other, scale_other, DTYPE, EXACT)
     return operand(pair_one, pair_other, [ROWS, 64], OPERAND, DTYPE)
@@ -93,7 +97,7 @@ def _scale_words(scales, ROWS: gl.constexpr, WORD: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, WORD))))
     row = gl.full([ROWS // 16, 8], 0, gl.int32, ROW)
     BOTH: gl.constexpr = gl.join(row, row).type.layout
-    return gl.split(scales._reinterpret(gl.int32, [ROWS // 16, 8, 2], scales_layout(ROWS)).load(BOTH))
+    return gl.split(reinterpret(scales, gl.int32, [ROWS // 16, 8, 2], scales_layout(ROWS)).load(BOTH))
 
 
 @gluon.jit
@@ -127,13 +131,19 @@ def group_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.cons
 
 
 @gluon.jit
-def separate(word):
-    """The elements of row r and of row r + 8: each two bfloat16 of 2**-120 times their values, in a word.
+def separate(word, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """The elements of row r and of row r + 8, each two in a word: bfloat16 of 2**-120 times their values if EXACT or
+    if that is DTYPE, else float16 of 2**-8 times their values.
 
-    Bits 15 and 10..4 of each half word are row r's sign, exponent and mantissa, in place for a bfloat16 already.
+    In each half word, bits 15 and 10..4 are row r's sign, exponent and mantissa, in place for a bfloat16 already; bits
+    11, 14..12 and 3..0 are those of row r + 8. A float16 has exponent and mantissa in 13..7.
     """
-    one = word & _IN_PLACE
-    other = ((word << 4) & _MOVED_UP) | ((word >> 4) & _MOVED_DOWN)
+    if EXACT or gl.bfloat16 == DTYPE:
+        one = word & _IN_PLACE
+        other = ((word << 4) & _MOVED_UP) | ((word >> 4) & _MOVED_DOWN)
+    else:
+        one = (word & _SIGNS) | ((word << 3) & _FLOAT16_MAGNITUDES)
+        other = ((word << 4) & _SIGNS) | ((word << 7) & _FLOAT16_LOWER) | ((word >> 1) & _FLOAT16_UPPER)
     return one, other
 
 
@@ -147,8 +157,7 @@ def scaled(pair, scale, DTYPE: gl.constexpr, EXACT: gl.constexpr):
         return gl.inline_asm_elementwise(ROUND, "=r,f,f", [low, high], gl.int32, True, 1)
     elif gl.bfloat16 == DTYPE:
         return gl.inline_asm_elementwise(_MULTIPLY_BFLOAT16, "=r,r,r", [pair, scale], gl.int32, True, 1)
-    else:  # exponent and mantissa move up by 3 to their place in a float16, of 2**-8 times the value
-        pair = (pair & _SIGNS) | ((pair & _MAGNITUDES) << 3)
+    else:
         return gl.inline_asm_elementwise(_MULTIPLY_FLOAT16, "=r,r,r", [pair, scale], gl.int32, True, 1)
 
 

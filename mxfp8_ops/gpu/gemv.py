@@ -5,8 +5,8 @@ float32 in registers and adds up 16 products before anything is exchanged betwee
 and arithmetic alone.
 
 The scale multiplies the sum of 16 products rather than each element. That is the reference's answer unless the
-element would have been rounded or have become infinite in x's dtype, or the sum overflows before it is scaled:
-then the outputs are computed a second time, element by element.
+element would have been rounded or have become infinite in x's dtype, for which the scale is taken for NaN, or the sum
+overflows before it is scaled. Where a result is NaN or infinite the outputs are computed once more, element by element.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .launch import launch
 MAX_ROWS = 8
 _ROWS_A_PROGRAM = 4
 
-_EXACT_SCALES = {torch.bfloat16: (3, 246), torch.float16: (112, 134), torch.float32: (1, 246)}
+EXACT_SCALES = {torch.bfloat16: (3, 246), torch.float16: (112, 134), torch.float32: (1, 246)}
 """Scale bytes under which every finite element is exact in a dtype, and has a normal power of two."""
 
 
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, native
     n = weight.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     codes = weight.contiguous()
-    lowest, highest = _EXACT_SCALES[x.dtype]
+    lowest, highest = EXACT_SCALES[x.dtype]
     outputs, elements, warps = configuration(k, m)
     together = min(triton.next_power_of_2(m), _ROWS_A_PROGRAM)
     constants = (together, bias is not None, native, lowest, highest, outputs, elements, min(elements, 256))
@@ -91,12 +91,10 @@ def _kernel(
     # Rows past the end are computed like the last one, and not stored: loads without masks are faster.
     row_of_weight = tl.minimum(row, N - 1).to(tl.int64)
     row_of_x = tl.minimum(m, rows - 1)
-    total, special = _products(x, weight, scale, row_of_x, row_of_weight, K, M, NATIVE, False, LOWEST, HIGHEST, BN, BK)
-    overflowed = tl.max(tl.max((tl.abs(total) == float("inf")) | (total != total), 1).to(tl.int32), 0)
-    if (overflowed | special) != 0:
-        total, _ = _products(
-            x, weight, scale, row_of_x, row_of_weight, K, M, NATIVE, True, LOWEST, HIGHEST, BN, EXACT_BK
-        )
+    total = _products(x, weight, scale, row_of_x, row_of_weight, K, M, NATIVE, False, LOWEST, HIGHEST, BN, BK)
+    special = (tl.abs(total) == float("inf")) | (total != total)
+    if tl.max(tl.max(special.to(tl.int32), 1), 0) != 0:
+        total = _products(x, weight, scale, row_of_x, row_of_weight, K, M, NATIVE, True, LOWEST, HIGHEST, BN, EXACT_BK)
     if HAS_BIAS:
         total += tl.load(bias + row, mask=row < N).to(tl.float32)[None, :]
     tl.store(out + m[:, None] * N + row[None, :], total, mask=(m < rows)[:, None] & (row < N)[None, :])
@@ -118,7 +116,7 @@ def _products(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The products ``[M, BN]`` of rows of x and of the weight, and whether a scale lies outside of LOWEST..HIGHEST."""
+    """The products ``[M, BN]`` of x and of the weight; unless EXACT, NaN where a scale is not in LOWEST..HIGHEST."""
     k = tl.arange(0, BK)
     group = tl.arange(0, BK // 16)
     # K is a multiple of 32. Saying so keeps the loads 16 bytes wide.
@@ -126,23 +124,18 @@ def _products(
     scales = scale + row_of_weight[:, None] * (K // 32) + (group // 2)[None, :]
     xs = x + row_of_x[:, None] * (K // 32 * 32) + k[None, :]
     sums = tl.zeros((M, BN, BK // 16), tl.float32)
-    special = tl.zeros((BN, BK // 16), tl.int32)
     for start in range(0, K // BK * BK, BK):
         code = tl.load(weights + start, eviction_policy="evict_first")
         power = tl.load(scales + start // 32).to(tl.int32)
-        step, outside = _step(tl.load(xs + start), code, power, M, NATIVE, EXACT, LOWEST, HIGHEST, BN, BK)
-        sums += step
-        special |= outside
+        sums += _step(tl.load(xs + start), code, power, M, NATIVE, EXACT, LOWEST, HIGHEST, BN, BK)
     if K % BK != 0:
         start = K // BK * BK
         left = K - start
         code = tl.load(weights + start, mask=(k < left)[None, :])
         power = tl.load(scales + start // 32, mask=(group * 16 < left)[None, :], other=127).to(tl.int32)
         x_left = tl.load(xs + start, mask=(k < left)[None, :], other=0)
-        step, outside = _step(x_left, code, power, M, NATIVE, EXACT, LOWEST, HIGHEST, BN, BK)
-        sums += step
-        special |= outside
-    return tl.sum(sums, 2), tl.max(tl.max(special, 1), 0)
+        sums += _step(x_left, code, power, M, NATIVE, EXACT, LOWEST, HIGHEST, BN, BK)
+    return tl.sum(sums, 2)
 
 
 @triton.jit
@@ -158,7 +151,7 @@ def _step(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sums of 16 products, ``[M, BN, BK/16]``, and which scales are special. Sums are scaled, or elements if EXACT."""
+    """Sums of 16 products, ``[M, BN, BK/16]``. Sums are scaled, or elements if EXACT."""
     value = code.to(tl.float32) if NATIVE else element_to_float32(code)
     value = tl.reshape(value, (BN, BK // 16, 16))
     if EXACT:  # the weight has x's dtype
@@ -166,5 +159,6 @@ def _step(
     products = value[None, :, :, :] * tl.reshape(x.to(tl.float32), (M, 1, BK // 16, 16))
     sums = tl.sum(products, 3)
     if not EXACT:
-        sums *= (power << 23).to(tl.float32, bitcast=True)[None, :, :]
-    return sums, ((power < LOWEST) | (power > HIGHEST)).to(tl.int32)
+        bits = tl.where((power >= LOWEST) & (power <= HIGHEST), power << 23, 0x7FC00000)
+        sums *= bits.to(tl.float32, bitcast=True)[None, :, :]
+    return sums

@@ -10,10 +10,11 @@ nobody watches launches (hooks, profiling, debugging). Otherwise ``launch`` is `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -50,6 +51,37 @@ _known: dict[tuple[Any, ...], tuple[_Direct, JITFunction[Any]]] = {}
 _compiling = threading.RLock()
 
 
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """A launch that did not go through Triton, and how to do it again with other values of its arguments."""
+
+    kernel: JITFunction[Any]
+    direct: _Direct
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launched | None]]:
+    """What this thread launches meanwhile, in order; None for what goes through Triton."""
+    launches: list[Launched | None] = []
+    before = getattr(_thread, "launches", None)
+    _thread.launches = launches
+    try:
+        yield launches
+    finally:
+        _thread.launches = before
+
+
+def _record(kernel: JITFunction[Any], direct: _Direct | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    launches = getattr(_thread, "launches", None)
+    if launches is not None:
+        launches.append(None if direct is None else Launched(kernel, direct, grid, args))
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -68,19 +100,23 @@ def launch(
     """
     if isinstance(kernel, JITFunction):
         kinds, values = specialization(args)
-        if kinds is not None and not _watched(kernel):
-            device = driver.active.get_current_device()
+        if kinds is not None and not watched(kernel):
+            active = driver.active
+            device = active.get_current_device()
             key = (id(kernel), device, constants, num_warps, num_stages, maxnreg, *kinds)
             known = _known.get(key)
             if known is not None:
-                known[0](grid, driver.active.get_current_stream(device), values)
+                known[0](grid, active.get_current_stream(device), values)
+                _record(kernel, known[0], grid, args)
                 return
             with _compiling:
                 compiled = _ordinary(kernel, grid, args, constants, num_warps, num_stages, maxnreg)
                 direct = _direct(kernel, compiled, args, constants)
             if direct is not None:
                 _known[key] = direct, kernel  # which keeps the kernel's id in the key its own
+            _record(kernel, direct, grid, args)
             return
+    _record(kernel, None, grid, args)
     _ordinary(kernel, grid, args, constants, num_warps, num_stages, maxnreg)
 
 
@@ -122,7 +158,7 @@ def _integer(value: int) -> int:
     return bits if value % 16 else -bits
 
 
-def _watched(kernel: JITFunction[Any]) -> bool:
+def watched(kernel: JITFunction[Any]) -> bool:
     """Whether somebody wants to see launches, or changes what is compiled, in ways that the key does not hold."""
     runtime = knobs.runtime
     entered, left = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains of hooks; None or one hook if set so
@@ -194,12 +230,16 @@ def _launcher(compiled: Any, constants: tuple[Any, ...]) -> _Direct | None:
     """The function in C that launches the kernel, whose form depends on Triton's version.
 
     3.6: one function for every signature, to which hooks come after the memory for scratch, arguments at the end.
-    3.7: one function for all, hooks before scratch, then how to read the arguments, which are one tuple.
+    3.7 to 3.9: one function for all, hooks before scratch, then how to read the arguments, which are one tuple.
+
+    From 3.8 on the code is unloaded with the last reference to ``compiled``: the function holds one.
     """
     from triton.backends.nvidia.driver import CudaLauncher
 
     run = compiled.run
     if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    if getattr(run, "gsan_enabled", False):  # more arguments
         return None
     inner = run.launch
     if inspect.isfunction(inner):  # Triton's encoding of descriptors, around it
@@ -220,10 +260,10 @@ def _launcher(compiled: Any, constants: tuple[Any, ...]) -> _Direct | None:
 
         return launch_3_6
 
-    if version == ["3", "7"] and form == (*grid_and_kernel, *metadata_and_hooks, "args"):
+    if version in (["3", "7"], ["3", "8"], ["3", "9"]) and form == (*grid_and_kernel, *metadata_and_hooks, "args"):
         head = (function, *flags, metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
 
-        def launch_3_7(grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
+        def launch_3_7(grid: tuple[int, ...], stream: int, values: list[Any], _kept: Any = compiled) -> None:
             x, y, z = (*grid, 1, 1)[:3]
             inner(x, y, z, stream, *head, (*values, *constants))
 
@@ -259,4 +299,5 @@ def _encoded(form: _Form, pointer: int, shape: tuple[int, ...], strides: tuple[i
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
     base = SimpleNamespace(dtype=form.dtype, data_ptr=lambda: pointer)
-    return tuple(make_tensordesc_arg(_descriptor(base, form.box, shape, strides), form.metadata))
+    unused = (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)  # from 3.8 on there is one
+    return tuple(make_tensordesc_arg(_descriptor(base, form.box, shape, strides), form.metadata, *unused))

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .fragments import halves
 from .launch import launch
+from .versions import copy_to_shared
 
 MAX_ROWS = 64
 
@@ -255,8 +256,8 @@ def _copy(words, pairs, word_stage, pair_stage, turn, last):
     """Has a turn's words and pairs copied to a stage, if there is such a turn."""
     WORDS: gl.constexpr = word_stage.shape[0] * word_stage.shape[2]
     PAIRS: gl.constexpr = pair_stage.shape[0] * pair_stage.shape[2]
-    async_copy.async_copy_global_to_shared(word_stage, words + turn * WORDS, mask=turn < last)
-    async_copy.async_copy_global_to_shared(pair_stage, pairs + turn * PAIRS, mask=turn < last)
+    copy_to_shared(word_stage, words + turn * WORDS, mask=turn < last)
+    copy_to_shared(pair_stage, pairs + turn * PAIRS, mask=turn < last)
     async_copy.commit_group()
 
 

@@ -1,4 +1,4 @@
-"""Linear on a packed weight for up to some 128 rows of x, for Hopper, in Gluon: as fast as the weight can be read.
+"""Linear for up to some 128 rows of x, for Hopper, in Gluon: as fast as the weight can be read, packed or canonical.
 
 One warp of a program only loads: TMA brings stages of 128 elements of K to shared memory, of 64 rows of the weight for
 each consumer, and of x. Consumers, of four warps each, decode the weight into registers and multiply it by x, with the
@@ -15,23 +15,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .tiles import advance, barrier, part_of_tile, place_of_tile, store_part, store_tile
+from .tiles import advance, load_rows, part_of_tile, place_of_tile, store_part, store_tile
+from .versions import barrier, load_box
 
 LOADER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit(do_not_specialize=["M", "whole", "parts"])
 def kernel(
-    x,  # TMA descriptor, [M, K], boxes of [BM, 64]
-    elements,  # TMA descriptor, [rows, 32] int32, boxes of [32, 32]
-    scales,  # TMA descriptor, the same tensor, boxes of [2, 32]
-    packed,  # pointer to that tensor
+    x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
+    elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
+    scales,  # PACKED: TMA descriptor, the same tensor, boxes of [2, 32]; else pointer [N, K / 128] int32
+    packed,  # PACKED: pointer to that tensor; else to anything
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
     partial,  # pointer [parts of tiles, 64 * R, BM] float32, or to anything
@@ -40,19 +41,25 @@ def kernel(
     K,
     whole,  # tiles that are computed by one program; the others by `parts` programs each
     parts,
+    PACKED: gl.constexpr,
     BM: gl.constexpr,
     R: gl.constexpr,
     S: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
+    BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     blocks = (K + 127) // 128
     tile, part, first, steps = part_of_tile(blocks, whole, parts)
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
     x_stages = gl.allocate_shared_memory(x.dtype, [STAGES * 2, BM, 64], x.layout)
-    element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R * 2, 32, 32], elements.layout)
-    scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R, 2, 32], scales.layout)
+    if PACKED:
+        element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R * 2, 32, 32], elements.layout)
+        scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R, 2, 32], scales.layout)
+    else:
+        element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R * 2, 64, 16], elements.layout)
+        scale_stages = element_stages
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -70,20 +77,24 @@ def kernel(
     fence_async_shared()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
-    result = (packed, bias, out, partial, sums, summed, M, N, K, row, column, part)
-    work = (row, column // 64, first, steps, blocks)
-    config: gl.constexpr = (BM, R, S, STAGES, HAS_BIAS)
+    source = (packed, scales, first, N, K)
+    result = (bias, out, partial, sums, summed, M, N, row, column, part)
+    work = (M, row, column // 64, first, steps, blocks)
+    config: gl.constexpr = (PACKED, BM, R, S, STAGES, BOX, HAS_BIAS)
     if R * S == 1:
         gl.warp_specialize(
-            [(_consume, (stages, result, steps, 0, config)), (_load, (x, elements, scales, stages, work, config))],
+            [
+                (_consume, (stages, source, result, steps, 0, config)),
+                (_load, (x, elements, scales, stages, work, config)),
+            ],
             [1],
             [LOADER_REGISTERS],
         )
     elif R * S == 2:
         gl.warp_specialize(
             [
-                (_consume, (stages, result, steps, 0, config)),
-                (_consume, (stages, result, steps, 1, config)),
+                (_consume, (stages, source, result, steps, 0, config)),
+                (_consume, (stages, source, result, steps, 1, config)),
                 (_load, (x, elements, scales, stages, work, config)),
             ],
             [4, 1],
@@ -92,10 +103,10 @@ def kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (stages, result, steps, 0, config)),
-                (_consume, (stages, result, steps, 1, config)),
-                (_consume, (stages, result, steps, 2, config)),
-                (_consume, (stages, result, steps, 3, config)),
+                (_consume, (stages, source, result, steps, 0, config)),
+                (_consume, (stages, source, result, steps, 1, config)),
+                (_consume, (stages, source, result, steps, 2, config)),
+                (_consume, (stages, source, result, steps, 3, config)),
                 (_load, (x, elements, scales, stages, work, config)),
             ],
             [4, 4, 4, 1],
@@ -107,46 +118,57 @@ def kernel(
 def _load(x, elements, scales, stages, work, config: gl.constexpr):
     """The one warp that loads: fills a stage as soon as its consumers have left it."""
     x_stages, element_stages, scale_stages, full, empty = stages
-    row, block_row, first, steps, blocks = work
-    BM: gl.constexpr = config[0]
-    R: gl.constexpr = config[1]
-    STAGES: gl.constexpr = config[3]
+    M, row, block_row, first, steps, blocks = work
+    PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
+    R: gl.constexpr = config[2]
+    STAGES: gl.constexpr = config[4]
+    BOX: gl.constexpr = config[5]
     stage = 0
     phase = 1
     for step in range(first, first + steps):
         mbarrier.wait(empty.index(stage), phase)
         ready = full.index(stage)
-        mbarrier.expect(ready, R * (128 * 64 + 64 * 4) + BM * 128 * 2)
+        mbarrier.expect(ready, R * (128 * 64 + 64 * 4 * PACKED) + BM * 128 * 2)
         for r in gl.static_range(R):
-            block = ((block_row + r) // 2 * blocks + step) * 132  # of 128 rows: two tiles
-            upper = (block_row + r) % 2
             into = stage * R + r
-            tma.async_copy_global_to_shared(elements, [block + upper * 32, 0], ready, element_stages.index(into * 2))
-            tma.async_copy_global_to_shared(
-                elements, [block + 64 + upper * 32, 0], ready, element_stages.index(into * 2 + 1)
-            )
-            tma.async_copy_global_to_shared(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(into))
+            if PACKED:
+                block = ((block_row + r) // 2 * blocks + step) * 132  # of 128 rows: two tiles
+                upper = (block_row + r) % 2
+                at = [block + upper * 32, 0]
+                second = [block + 64 + upper * 32, 0]
+                load_box(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(into))
+            else:
+                at = [(block_row + r) * 64, step * 32]
+                second = [(block_row + r) * 64, step * 32 + 16]
+            load_box(elements, at, ready, element_stages.index(into * 2))
+            load_box(elements, second, ready, element_stages.index(into * 2 + 1))
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(x, [row, step * 128 + half * 64], ready, x_stages.index(stage * 2 + half))
+            load_rows(x, row, M, step * 128 + half * 64, ready, x_stages.index(stage * 2 + half), BOX)
         stage, phase = advance(stage, phase, 1, STAGES)
 
 
 @gluon.jit
-def _consume(stages, result, steps, consumer: gl.constexpr, config: gl.constexpr):
+def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.constexpr):
     """Four warps: 64 rows of the weight by BM rows of x, over every S-th stage; then the sum goes its way."""
-    packed, bias, out, partial, sums, summed, M, N, K, row, column, part = result
-    BM: gl.constexpr = config[0]
-    R: gl.constexpr = config[1]
-    S: gl.constexpr = config[2]
-    STAGES: gl.constexpr = config[3]
-    HAS_BIAS: gl.constexpr = config[4]
+    packed, scales, first, N, K = source
+    bias, out, partial, sums, summed, M, N, row, column, part = result
+    PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
+    R: gl.constexpr = config[2]
+    S: gl.constexpr = config[3]
+    BOX: gl.constexpr = config[5]
+    HAS_BIAS: gl.constexpr = config[6]
     r: gl.constexpr = consumer % R
     s: gl.constexpr = consumer // R
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    if needs_exact(packed, N, K, out.dtype.element_ty):
-        total = _products(stages, steps, r, s, BM, R, S, STAGES, MMA, True)
+    if not PACKED:
+        places = scale_places(scales, column + r * 64, N, K, 64, MMA) + first
+        total = _products(stages, places, steps, r, s, MMA, False, config)
+    elif needs_exact(packed, N, K, out.dtype.element_ty):
+        total = _products(stages, scales, steps, r, s, MMA, True, config)
     else:
-        total = _products(stages, steps, r, s, BM, R, S, STAGES, MMA, False)
+        total = _products(stages, scales, steps, r, s, MMA, False, config)
     if S > 1:
         if s > 0:
             sums.index((s - 1) * R + r).store(total)
@@ -160,34 +182,45 @@ def _consume(stages, result, steps, consumer: gl.constexpr, config: gl.constexpr
         if part >= 0:
             store_part(total, partial + part * (64 * R * BM) + r * (64 * BM))
         else:
-            store_tile(total, bias, out, M, N, row, column + r * 64, HAS_BIAS)
+            store_tile(total, bias, out, M, N, row, column + r * 64, BOX, HAS_BIAS)
 
 
 @gluon.jit
 def _products(
     stages,
+    places,
     steps,
     r: gl.constexpr,
     s: gl.constexpr,
-    BM: gl.constexpr,
-    R: gl.constexpr,
-    S: gl.constexpr,
-    STAGES: gl.constexpr,
     MMA: gl.constexpr,
     EXACT: gl.constexpr,
+    config: gl.constexpr,
 ):
+    """The sum over a consumer's stages. Scales of a canonical weight are loaded from their ``places`` a stage ahead."""
     x_stages, element_stages, scale_stages, full, empty = stages
+    PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
+    R: gl.constexpr = config[2]
+    S: gl.constexpr = config[3]
+    STAGES: gl.constexpr = config[4]
     DTYPE: gl.constexpr = x_stages.dtype
     total = gl.zeros([64, BM], gl.float32, MMA)
     stage = s
     phase = 0
-    for _ in range(s, steps, S):
+    if not PACKED:
+        next_scales = gl.load(places + gl.minimum(s, steps - 1))
+    for step in range(s, steps, S):
+        if not PACKED:
+            scales = next_scales
+            next_scales = gl.load(places + gl.minimum(step + S, steps - 1))
         mbarrier.wait(full.index(stage), phase)
         into = stage * R + r
         for half in gl.static_range(2):  # the second half is decoded while the first is multiplied
-            weight = weight_fragment(
-                element_stages.index(into * 2 + half), scale_stages.index(into), half, 64, MMA, DTYPE, EXACT
-            )
+            elements = element_stages.index(into * 2 + half)
+            if PACKED:
+                weight = weight_fragment(elements, scale_stages.index(into), half, 64, MMA, DTYPE, EXACT)
+            else:
+                weight = canonical_fragment(elements, scales, half, 64, MMA, DTYPE)
             total = warpgroup_mma(weight, x_stages.index(stage * 2 + half).permute((1, 0)), total, is_async=True)
         total = warpgroup_mma_wait(0, deps=[total])
         mbarrier.arrive(empty.index(stage))

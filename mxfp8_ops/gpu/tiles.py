@@ -1,8 +1,12 @@
-"""Which part of the result a program computes, and how it stores it: shared by the kernels on packed weights.
+"""Which part of the result a program computes, and how it stores it: shared by the kernels for Hopper.
 
 A result ``[M, N]`` is computed in tiles. The first ``whole`` tiles are each one program's work; each of the others is
 shared by ``parts`` programs, which take turns of K each and store float32 sums that ``add_parts`` adds up, in a fixed
 order. So the last tiles, fewer than the chip has room for, keep all of it busy (split-K where ``whole`` is 0).
+
+TMA takes several times as long for a row of x that is not there as for one that is. So the last rows' tile is moved up
+to end with the last row: its first rows are then some of the tile before once more, and are not stored. Where x has
+fewer rows than a tile, the tile's rows come in two boxes of half as many, of which the second is moved up.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton before 3.7 has the other name
+from .versions import load_box
 
 GROUP = gl.constexpr(4)
 """Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
@@ -48,6 +52,30 @@ def place_of_tile(tile, M, N, BM: gl.constexpr, BN: gl.constexpr):
     return (group * GROUP + within % height) * BM, within // height * BN
 
 
+def box_rows(rows: int, m: int) -> int:
+    """Rows of a box of x ``[m, K]``, of a tile of so many ``rows``: half of them at least, and 8, after which the order
+    in shared memory repeats.
+    """
+    return rows if m >= rows else max(rows // 2, 8)
+
+
+@gluon.jit
+def load_rows(x, row, M, k, ready, stage, BOX: gl.constexpr, pred=True):
+    """Has TMA fill a stage with the rows of x of a tile that begins with ``row``, and 64 elements of K."""
+    BM: gl.constexpr = stage.shape[0]
+    for first in gl.static_range(0, BM, BOX):
+        at = gl.minimum(row + first, gl.maximum(M - BOX, 0))
+        load_box(x, [at, k], ready, stage.slice(first, BOX), pred=pred)
+
+
+@gluon.jit
+def rows_of_result(m, row, M, BOX: gl.constexpr):
+    """Which row of the result each row ``m`` of a tile is that begins with ``row``, and whether it is to be stored."""
+    first = row + m // BOX * BOX
+    moved = gl.minimum(first, gl.maximum(M - BOX, 0)) + m % BOX
+    return moved, (moved >= first) & (moved < M)
+
+
 @gluon.jit
 def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
     """The stage ``by`` stages on, in a ring of STAGES, and the phase of its barrier."""
@@ -66,7 +94,7 @@ def store_part(total, partial):
 
 
 @gluon.jit
-def store_tile(total, bias, out, M, N, row, column, HAS_BIAS: gl.constexpr):
+def store_tile(total, bias, out, M, N, row, column, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
     """A float32 tile ``[BN, BM]`` plus bias, rounded and transposed, to its place in ``out [M, N]``."""
     BN: gl.constexpr = total.shape[0]
     BM: gl.constexpr = total.shape[1]
@@ -79,13 +107,13 @@ def store_tile(total, bias, out, M, N, row, column, HAS_BIAS: gl.constexpr):
         WARPS: gl.constexpr = BN // 16
         ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
         tile = gl.convert_layout(gl.permute(total.to(DTYPE), (1, 0)), ROWS)
-        m = row + gl.arange(0, BM, gl.SliceLayout(1, ROWS))[:, None]
+        m, stored = rows_of_result(gl.arange(0, BM, gl.SliceLayout(1, ROWS))[:, None], row, M, BOX)
         n = column + gl.arange(0, BN, gl.SliceLayout(0, ROWS))[None, :]
-        gl.store(out + m.to(gl.int64) * N + n, tile, mask=(m < M) & (n < N))
+        gl.store(out + m.to(gl.int64) * N + n, tile, mask=stored & (n < N))
     else:
-        m = row + gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :]
+        m, stored = rows_of_result(gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :], row, M, BOX)
         n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))[:, None]
-        gl.store(out + m.to(gl.int64) * N + n, total.to(DTYPE), mask=(m < M) & (n < N))
+        gl.store(out + m.to(gl.int64) * N + n, total.to(DTYPE), mask=stored & (n < N))
 
 
 @triton.jit(do_not_specialize=["M", "whole", "parts"])
@@ -100,6 +128,7 @@ def add_parts(
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEP: tl.constexpr,
+    BOX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """Adds up the parts of STEP columns of a tile, ``partial [tile, part, BN, BM]``, and stores them in ``out``."""
@@ -111,9 +140,9 @@ def add_parts(
     total = tl.zeros((STEP, BM), tl.float32)
     for part in range(parts):
         total += tl.load(place + part * (BN * BM))
-    row = first_row + tl.trans(m)
+    row, stored = rows_of_result(tl.trans(m), first_row, M, BOX)
     column = first_column + tl.trans(n)
     total = tl.trans(total)
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < N, other=0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * N + column, total, mask=(row < M) & (column < N))
+    tl.store(out + row.to(tl.int64) * N + column, total, mask=stored & (column < N))

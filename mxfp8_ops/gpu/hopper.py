@@ -1,0 +1,136 @@
+"""Launches the kernels for Hopper chips, on packed and on canonical weights. Arguments are checked already."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from .. import settings
+from . import direct, skinny, tiles, wide
+from .launch import box, launch
+from .plans import Direct, Plan, Skinny, Tiled, candidates, divided, plan
+from .tune import best
+
+_X = gl.NVMMASharedLayout(128, 16, 2)
+_PACKED_WORDS = gl.NVMMASharedLayout(128, 32, 2)
+_PACKED_SCALES = gl.NVMMASharedLayout(0, 32, 2)
+_CANONICAL_WORDS = gl.NVMMASharedLayout(64, 32, 2)
+_COLUMNS = 16  # of a tile that a program of `add_parts` adds up
+
+
+class Canonical(NamedTuple):
+    """A weight as it is stored, in words of four codes: ``weight [N, K / 4]`` and ``scale [N, K / 128]`` int32."""
+
+    weight: Tensor
+    scale: Tensor
+
+
+def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """``x [M, K]`` bfloat16 or float16, contiguous and at an address that is a multiple of 16, with M > 0; gives
+    ``[M, n]``.
+    """
+    return _linear(x, packed, n, bias)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The same on ``weight [N, K]`` and ``scale [N, K/32]``, contiguous and at such addresses, K a multiple of 128."""
+    return _linear(x, Canonical(weight.view(torch.int32), scale.view(torch.int32)), len(weight), bias)
+
+
+def _linear(x: Tensor, source: Tensor | Canonical, n: int, bias: Tensor | None) -> Tensor:
+    out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    _run(_plan(x, source, bias, out), x, source, bias, out)
+    return out
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def _plan(x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> Plan:
+    """The model's plan, or the fastest one where ``MXFP8_AUTOTUNE`` is on when a problem is first met."""
+    (m, k), n = x.shape, out.shape[1]
+    packed = not isinstance(source, Canonical)
+    problem = (x.device, x.dtype, m, n, k, packed)
+    known = _plans.get(problem)
+    if known is not None:
+        return known
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    chosen = plan(m, n, k, processors, packed)
+    if settings.autotune():
+        if torch.cuda.is_current_stream_capturing():
+            return chosen  # for now: it cannot be measured here
+        choices = candidates(m, n, k, processors, packed)
+        family = "packed" if packed else "canonical"
+        chosen = best(family, (m, n, k, x.dtype), choices, chosen, lambda p: _run(p, x, source, bias, out))
+    _plans[problem] = chosen
+    return chosen
+
+
+def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
+    if not isinstance(chosen, Direct):
+        _tiled(chosen, x, source, bias, out)
+        return
+    (m, k), n = x.shape, out.shape[1]
+    assert isinstance(source, Tensor)
+    launch(
+        direct.kernel,
+        (divided(n, 16),),
+        (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
+        (chosen.rows, chosen.warps, bias is not None),
+        num_warps=chosen.warps,
+        maxnreg=chosen.registers,
+    )
+
+
+def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
+    """Launches a kernel on tiles of ``chosen.rows`` by ``chosen.columns``, the last of them in parts."""
+    (m, k), n = x.shape, out.shape[1]
+    count = divided(n, chosen.columns) * divided(m, chosen.rows)
+    split = chosen.split_of(count)
+    programs = split * chosen.parts
+    size = programs * chosen.rows * chosen.columns
+    partial = torch.empty(size, dtype=torch.float32, device=x.device) if programs else out
+    offset = x if bias is None else bias
+    box_rows = tiles.box_rows(chosen.rows, m)
+    kernel, warps = (skinny.kernel, 4) if isinstance(chosen, Skinny) else (wide.kernel, 8)
+    launch(
+        kernel,
+        (count - split + programs,),
+        (
+            (x, box((box_rows, 64), _X), (m, k), (k, 1)),
+            *_boxes(source, warps // 4),
+            offset,
+            out,
+            partial,
+            m,
+            n,
+            k,
+            count - split,
+            chosen.parts,
+        ),
+        (isinstance(source, Tensor), *chosen.constants, box_rows, bias is not None),
+        num_warps=warps,
+        maxnreg=chosen.registers or None,
+    )
+    if programs:
+        launch(
+            tiles.add_parts,
+            (split * (chosen.columns // _COLUMNS),),
+            (partial, offset, out, m, n, count - split, chosen.parts),
+            (chosen.rows, chosen.columns, _COLUMNS, box_rows, bias is not None),
+        )
+
+
+def _boxes(source: Tensor | Canonical, rows: int) -> tuple[Any, Any, Tensor]:
+    """The arguments ``elements``, ``scales`` and ``packed`` of the kernels, for tiles of ``rows`` * 64 rows of the
+    weight.
+    """
+    if isinstance(source, Canonical):
+        shape, strides = tuple(source.weight.shape), source.weight.stride()
+        return (source.weight, box((rows * 64, 16), _CANONICAL_WORDS), shape, strides), source.scale, source.scale
+    shape = (len(source), 32)
+    words = (source, box((rows * 32, 32), _PACKED_WORDS), shape, (32, 1))
+    return words, (source, box((rows * 2, 32), _PACKED_SCALES), shape, (32, 1)), source
