@@ -48,9 +48,9 @@ def linear() -> None:
         for n, k in SHAPES:
             for dtype in DTYPES:
                 x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
-                for offset in (bias, None):
-                    actual = gemv.linear(x, weight, scale, offset, native=False)
-                    assert_same(actual, reference.linear(x, weight, scale, offset))
+                offset = bias if m % 2 else None
+                actual = gemv.linear(x, weight, scale, offset, native=False)
+                assert_same(actual, reference.linear(x, weight, scale, offset))
 
 
 def special() -> None:
