@@ -108,12 +108,13 @@ class WeightReport:
                 return
             known = {"bfloat16": UNKNOWN, "float16": UNKNOWN, "float32": DEQUANTIZED}
             kernel = ops.kernel_name("linear_packed", torch.device(self.device))
-            with torch.utils._python_dispatch._disable_current_modes():
-                packed = self.identity.value() if self.identity is not None else None
-                if packed is not None:
-                    known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in exact_marks(packed))
             if ops.DEQUANTIZED in kernel:  # by chips that have no kernels for packed weights
                 known = dict.fromkeys(known, DEQUANTIZED)
+            else:
+                with torch.utils._python_dispatch._disable_current_modes():
+                    packed = self.identity.value() if self.identity is not None else None
+                    if packed is not None:
+                        known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in exact_marks(packed))
             self.decoding = {name: known[name] for name in self.decoding}
             words = ", ".join(_DECODING[how].format(name) for name, how in self.decoding.items())
             if kernel == "reference":

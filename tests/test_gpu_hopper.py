@@ -78,11 +78,16 @@ def compiled(
         raise
 
 
+def compiled_at_an_end(plan: plans.Plan, packed: bool, dtype: torch.dtype, folder: Path) -> Compiled:
+    """At one of ENDS, another one for each dtype, and the other way round for canonical weights."""
+    n, bias, less = ENDS[DTYPES.index(dtype) if packed else 1 - DTYPES.index(dtype)]
+    return compiled(plan, packed, n, dtype, bias, folder, less)
+
+
 @DTYPE
 @pytest.mark.parametrize("kernel", direct_kernels(), ids=repr)
 def test_direct_compiles_and_reads_16_bytes_at_a_time(kernel: plans.Direct, dtype: torch.dtype, tmp_path: Path) -> None:
-    n, bias, less = ENDS[DTYPES.index(dtype)]
-    found = compiled(kernel, True, n, dtype, bias, tmp_path, less)
+    found = compiled_at_an_end(kernel, True, dtype, tmp_path)
     assert found.registers <= kernel.registers
     assert re.search(r"ld\.global\S*evict_first\S*\.v4", found.ptx)
     check_loops(tmp_path, 2, 8)
@@ -93,8 +98,7 @@ def test_direct_compiles_and_reads_16_bytes_at_a_time(kernel: plans.Direct, dtyp
 def test_kernels_on_packed_weights_compile_and_fit_a_multiprocessor(
     kernel: plans.Tiled, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    n, bias, less = ENDS[DTYPES.index(dtype)]
-    found = compiled(kernel, True, n, dtype, bias, tmp_path, less)
+    found = compiled_at_an_end(kernel, True, dtype, tmp_path)
     check_tiled(kernel, found, tmp_path)
     if isinstance(kernel, plans.Skinny):
         assert "ld.shared.v4" in found.ptx
@@ -109,8 +113,7 @@ def test_kernels_on_packed_weights_compile_and_fit_a_multiprocessor(
 def test_kernels_on_canonical_weights_compile_without_spills_and_fit_a_multiprocessor(
     kernel: plans.Tiled, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    n, bias, less = ENDS[1 - DTYPES.index(dtype)]
-    found = compiled(kernel, False, n, dtype, bias, tmp_path, less)
+    found = compiled_at_an_end(kernel, False, dtype, tmp_path)
     check_tiled(kernel, found, tmp_path)
     assert found.spilled == 0
     check_loops(tmp_path, 0, 0)

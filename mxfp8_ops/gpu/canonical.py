@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .fragments import halves
+from .fragments import float16_in_both_halves, halves
 from .versions import reinterpret
 
 # Two codes in 16 bits and their scale to two elements in a word, the first in its lower half.
@@ -33,7 +33,6 @@ cvt.rn.f16x2.e4m3x2 both, $1;
 mul.rn.f16x2 both, both, $2;
 mul.rn.f16x2 $0, both, $3;
 }""")
-_BOTH_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
 
 
 @gluon.jit
@@ -105,11 +104,4 @@ def _float16_scales(scales, GROUP: gl.constexpr):
     code = (scales >> (8 * GROUP)) & 0xFF
     one = gl.minimum(gl.maximum(code, 127 - 10), 127 + 15)
     other = gl.minimum(gl.maximum(code - one + 127, 127 - 24), 127 + 15)
-    return _power_in_both_halves(gl.where(code == 255, 0x7FC00000, one << 23)), _power_in_both_halves(other << 23)
-
-
-@gluon.jit
-def _power_in_both_halves(bits):
-    """A float32, by its bits, as a float16 in both halves of a word."""
-    power = bits.to(gl.float32, bitcast=True)
-    return gl.inline_asm_elementwise(_BOTH_FLOAT16, "=r,f", [power], gl.int32, True, 1)
+    return float16_in_both_halves(gl.where(code == 255, 0x7FC00000, one << 23)), float16_in_both_halves(other << 23)

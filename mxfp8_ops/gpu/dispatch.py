@@ -55,26 +55,28 @@ def _one_byte_weight(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     rows = len(x)
     native = converts_e4m3(x.device)
     if rows <= _MOST_ROWS and native and x.dtype != torch.float32 and weight.numel() < 2**31:
-        offset = None if bias is None else bias.contiguous()
-        out = _in_gluon(_aligned(x), _aligned(weight), _aligned(scale), offset)
-        if out is not None:
-            return out
+        function, plan = _in_gluon(rows, weight.shape, x.device)
+        if function is not None:
+            offset = None if bias is None else bias.contiguous()
+            out = _or_none(function, _aligned(x), _aligned(weight), _aligned(scale), offset, *plan)
+            if out is not None:
+                return out
     return gemv.linear(x.contiguous(), weight, scale, bias, native) if rows <= gemv.MAX_ROWS else None
 
 
-def _in_gluon(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """None where there are no kernels for as many rows, or where Gluon fails."""
-    rows, (n, k) = len(x), weight.shape
-    hopper = _hopper_kernels(x.device) if rows >= _HOPPER_ROWS and k % 128 == 0 else None
+def _in_gluon(
+    rows: int, shape: torch.Size, device: torch.device
+) -> tuple[Callable[..., Tensor] | None, tuple[Any, ...]]:
+    """The ``linear`` of the kernels for as many rows, and what else it takes; None where there are none."""
+    n, k = shape
+    hopper = _hopper_kernels(device) if rows >= _HOPPER_ROWS and k % 128 == 0 else None
     if hopper is not None:
-        return _or_none(hopper.linear, x, weight, scale, bias)
+        return hopper.linear, ()
     if _GEMV_ROWS < rows <= _MMA_ROWS:
         kernels = _gluon_kernels("mma")
-        chosen = None if kernels is None else kernels.plan(rows, n, k, _processors(x.device))
-    else:
-        kernels = _gluon_kernels("vector") if rows == 1 else None
-        chosen = _processors(x.device)
-    return None if kernels is None else _or_none(kernels.linear, x, weight, scale, bias, chosen)
+        return (None, ()) if kernels is None else (kernels.linear, (kernels.plan(rows, n, k, _processors(device)),))
+    kernels = _gluon_kernels("vector") if rows == 1 else None
+    return (None, ()) if kernels is None else (kernels.linear, (_processors(device),))
 
 
 def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:

@@ -118,16 +118,27 @@ def group_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.cons
     or 2**8 (float16) times the scale, in both halves of a word.
     """
     if EXACT:
-        code = (scales >> (8 * GROUP)) & 0xFF
-        bits = gl.where(code == 255, 0x7FC00000, gl.where(code == 0, 0x00400000, code << 23))
-        return bits.to(gl.float32, bitcast=True)
+        return scale_to_float32((scales >> (8 * GROUP)) & 0xFF)
     elif gl.bfloat16 == DTYPE:
         scales += 0x78787878  # 120 to each of the four: none is above 134
         return ((scales >> (8 * GROUP)) & 0xFF) * 0x00800080
     else:
         code = (scales >> (8 * GROUP)) & 0xFF
-        power = ((code + 8) << 23).to(gl.float32, bitcast=True)
-        return gl.inline_asm_elementwise(_ROUND_FLOAT16, "=r,f,f", [power, power], gl.int32, True, 1)
+        return float16_in_both_halves((code + 8) << 23)
+
+
+@gluon.jit
+def scale_to_float32(code):
+    """``2**(code - 127)`` by its bits, of an int32: 0 is the subnormal 2**-127, 255 NaN."""
+    bits = gl.where(code == 255, 0x7FC00000, gl.where(code == 0, 0x00400000, code << 23))
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def float16_in_both_halves(bits):
+    """A float32, by its bits, as a float16 in both halves of a word."""
+    value = bits.to(gl.float32, bitcast=True)
+    return gl.inline_asm_elementwise(_ROUND_FLOAT16, "=r,f,f", [value, value], gl.int32, True, 1)
 
 
 @gluon.jit

@@ -299,5 +299,11 @@ def _encoded(form: _Form, pointer: int, shape: tuple[int, ...], strides: tuple[i
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
     base = SimpleNamespace(dtype=form.dtype, data_ptr=lambda: pointer)
-    unused = (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)  # from 3.8 on there is one
-    return tuple(make_tensordesc_arg(_descriptor(base, form.box, shape, strides), form.metadata, *unused))
+    described = _descriptor(base, form.box, shape, strides)
+    return tuple(make_tensordesc_arg(described, form.metadata, *_unused(make_tensordesc_arg)))
+
+
+@functools.cache
+def _unused(encode: Callable[..., Any]) -> tuple[None, ...]:
+    """What else it takes: from 3.8 on one argument."""
+    return (None,) * (len(inspect.signature(encode).parameters) - 2)

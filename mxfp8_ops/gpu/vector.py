@@ -17,11 +17,11 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .fragments import scale_to_float32
 from .gemv import EXACT_SCALES
 from .launch import launch
 from .plans import divided
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ROWS = gl.constexpr(4)  # outputs of a program
 _WARP = 32 * 16  # elements of K that a warp takes at a time
 _WARPS_AT_ONCE = 32  # on a multiprocessor, by their registers
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, proces
         kernel,
         (divided(n, _ROWS.value),),
         (x.view(torch.int32), weight.view(torch.int32), scale, x if bias is None else bias, out, n, k),
-        (_DTYPES[x.dtype], warps, *EXACT_SCALES[x.dtype], bias is not None, *ragged),
+        (warps, *EXACT_SCALES[x.dtype], bias is not None, *ragged),
         num_warps=warps,
     )
     return out
@@ -77,17 +77,17 @@ def kernel(
     weight,  # pointer [N, K / 4] int32: four elements in a word
     scale,  # pointer [N, K / 32]
     bias,  # pointer [N], or to anything
-    out,  # pointer [N]
+    out,  # pointer [N], of x's dtype
     N,
     K,
-    DTYPE: gl.constexpr,  # of x
     WARPS: gl.constexpr,
-    LOWEST: gl.constexpr,  # scales under which every finite element is exact in DTYPE
+    LOWEST: gl.constexpr,  # scales under which every finite element is exact in x's dtype
     HIGHEST: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     RAGGED_N: gl.constexpr,  # the last program has fewer than four outputs
     RAGGED_K: gl.constexpr,  # the last step has fewer elements
 ):
+    DTYPE: gl.constexpr = out.dtype.element_ty
     first = gl.program_id(0) * _ROWS
     last = N - 1 if RAGGED_N else first + _ROWS - 1
     total = _products(x, weight, scale, first, last, K, DTYPE, WARPS, LOWEST, HIGHEST, RAGGED_K)
@@ -193,8 +193,7 @@ def _exact_products(x, weight, scale, first, last, K, DTYPE: gl.constexpr, WARPS
             x0, x1 = _pair(gl.load(x + at * 2, mask=within, other=0), DTYPE)
             x2, x3 = _pair(gl.load(x + at * 2 + 1, mask=within, other=0), DTYPE)
             w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
-            bits = gl.where(code == 255, 0x7FC00000, gl.where(code == 0, 0x00400000, code << 23))
-            power = bits.to(gl.float32, bitcast=True)
+            power = scale_to_float32(code)
             sums += (w0 * power).to(DTYPE).to(gl.float32) * x0 + (w1 * power).to(DTYPE).to(gl.float32) * x1
             sums += (w2 * power).to(DTYPE).to(gl.float32) * x2 + (w3 * power).to(DTYPE).to(gl.float32) * x3
         total = gl.where(gl.arange(0, _ROWS, LAYOUT) == r, gl.sum(sums, 0), total)

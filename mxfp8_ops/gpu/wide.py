@@ -86,11 +86,13 @@ def kernel(
 def _load(sources, stages, step, stage, config: gl.constexpr):
     """Has TMA fill a stage with a step of 64 elements of K, if there are as many."""
     x, elements, scales, M, row, column, blocks, first, steps = sources
-    PACKED: gl.constexpr = config[0]
     x_stages, element_stages, scale_stages, full = stages
+    PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
+    BOX: gl.constexpr = config[3]
     ready = full.index(stage)
     within = step < steps * 2
-    mbarrier.expect(ready, 128 * 64 + 128 * 4 * PACKED + config[1] * 64 * 2, pred=within)
+    mbarrier.expect(ready, 128 * 64 + 128 * 4 * PACKED + BM * 64 * 2, pred=within)
     if PACKED:
         block = (column // 128 * blocks + first + step // 2) * 132
         at = [block + step % 2 * 64, 0]
@@ -98,7 +100,7 @@ def _load(sources, stages, step, stage, config: gl.constexpr):
     else:
         at = [column, (first * 2 + step) * 16]
     load_box(elements, at, ready, element_stages.index(stage), pred=within)
-    load_rows(x, row, M, (first * 2 + step) * 64, ready, x_stages.index(stage), config[3], within)
+    load_rows(x, row, M, (first * 2 + step) * 64, ready, x_stages.index(stage), BOX, within)
 
 
 @gluon.jit
@@ -119,10 +121,11 @@ def _products(sources, stages, places, MMA: gl.constexpr, config: gl.constexpr):
     weight are loaded from their ``places`` a block ahead.
     """
     x_stages, _, _, full = stages
+    _, _, _, _, _, _, _, _, steps = sources
     PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
     STAGES: gl.constexpr = config[2]
-    blocks = sources[8]
-    total = gl.zeros([128, config[1]], gl.float32, MMA)
+    total = gl.zeros([128, BM], gl.float32, MMA)
     scales = 0
     if not PACKED:
         scales = gl.load(places)
@@ -131,10 +134,10 @@ def _products(sources, stages, places, MMA: gl.constexpr, config: gl.constexpr):
     stage = 0
     phase = 0
     left = STAGES - 1  # the stage that the last step left
-    for step in range(0, blocks * 2, 2):
+    for step in range(0, steps * 2, 2):
         total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
         if not PACKED:
-            next_scales = gl.load(places + gl.minimum(step // 2 + 1, blocks - 1))
+            next_scales = gl.load(places + gl.minimum(step // 2 + 1, steps - 1))
         total = warpgroup_mma_wait(1, deps=[total])
         barrier()
         _load(sources, stages, step + STAGES - 1, left, config)
@@ -148,7 +151,7 @@ def _products(sources, stages, places, MMA: gl.constexpr, config: gl.constexpr):
         _load(sources, stages, step + STAGES, left, config)
         left = stage
         stage, phase = advance(stage, phase, 1, STAGES)
-        mbarrier.wait(full.index(stage), phase, pred=step + 2 < blocks * 2)
+        mbarrier.wait(full.index(stage), phase, pred=step + 2 < steps * 2)
         if not PACKED:
             scales = next_scales
         weight = _decode(stages, scales, stage, 0, PACKED, MMA)
@@ -162,14 +165,15 @@ def _exact_products(sources, stages, MMA: gl.constexpr, config: gl.constexpr):
     """
     x_stages, element_stages, scale_stages, full = stages
     DTYPE: gl.constexpr = x_stages.dtype
+    _, _, _, _, _, _, _, _, steps = sources
+    BM: gl.constexpr = config[1]
     STAGES: gl.constexpr = config[2]
-    blocks = sources[8]
     OLDER: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8])
-    total = gl.zeros([128, config[1]], gl.float32, OLDER)
+    total = gl.zeros([128, BM], gl.float32, OLDER)
     stage = 0
     phase = 0
     _load(sources, stages, STAGES - 1, STAGES - 1, config)
-    for block in range(blocks):
+    for block in range(steps):
         for half in gl.static_range(2):
             mbarrier.wait(full.index(stage), phase)
             weight = weight_fragment(
