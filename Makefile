@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-gpu browser lint format clean
+.PHONY: help demo bench test test-gpu sanitize browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: $(STAMP) browser ## all tests, on WORKERS processes (default 2)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: $(STAMP) ## every GPU kernel under compute-sanitizer; skipped, with the reason, where it cannot run
+	@$(BIN)/python scripts/sanitize.py || [ $$? = 2 ]
 
 # Without a browser the tests of the page are skipped, except in CI, where they fail.
 browser: ## Chromium for the tests of the HTML page, from Debian's packages, where there is none

@@ -1,5 +1,6 @@
 """Speed on a device, measured side by side: of dequant and quantize against a copy, of linear against a kernel that
-only reads the packed bytes (R) and against ``F.linear`` on a dense weight (B), of the host, and over numbers of rows.
+only reads the packed bytes (R) and against ``F.linear`` on a dense weight (B), of the host, and over numbers of rows;
+and the memory bandwidth that linear achieves, by Nsight Compute.
 
 Exit status: 0, 2 for a bad argument or where there is no such device. Missed bars are marked, and are no failure.
 """
@@ -10,7 +11,6 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +19,6 @@ from pathlib import Path
 from benchmarks import options as known
 from benchmarks import plot, render
 from benchmarks.options import Options, Record, Run, Shape
-
-FILES = ("--json", "--markdown", "--plot", "--from-json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     new.add_argument("--device", default="cuda", choices=known.DEVICES)
-    new.add_argument("--sections", nargs="+", default=known.SECTIONS, choices=known.SECTIONS, help="default: all")
+    new.add_argument("--sections", nargs="+", choices=known.SECTIONS, help="default: all, quick: all but bandwidth")
     new.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="of weights; default: seven of real models")
     new.add_argument("--rows", nargs="+", type=positive, metavar="M", help="of x; default: 1 2 4 ... 8192")
     new.add_argument("--dtype", default="bfloat16", choices=known.DTYPES, help="of x and of the dense weights")
@@ -87,7 +85,7 @@ def check_files(args: argparse.Namespace) -> None:
     for path in (args.json, args.markdown, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-    if args.plot is not None and args.from_json is None and "linear" not in args.sections:
+    if args.plot is not None and args.from_json is None and "linear" not in (args.sections or known.SECTIONS):
         raise ValueError("--plot draws the section linear, which is not among --sections")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs the package matplotlib; a run stored with --json can be plotted elsewhere")
@@ -97,29 +95,17 @@ def selected(args: argparse.Namespace) -> Options:
     """The options of a run. What is said explicitly counts more than ``--quick``."""
     shapes = args.shapes or (known.QUICK_SHAPES if args.quick else known.SHAPES)
     rows = args.rows or (known.QUICK_ROWS if args.quick else known.ROWS)
+    sections = args.sections or (known.QUICK_SECTIONS if args.quick else known.SECTIONS)
     emulated = known.EMULATED_ROWS[:1] if args.quick else known.EMULATED_ROWS
     return Options(
         shapes=tuple(dict.fromkeys(shapes)),
         rows=tuple(dict.fromkeys(rows)),
         dtype=args.dtype,
-        sections=tuple(name for name in known.SECTIONS if name in args.sections),
+        sections=tuple(name for name in known.SECTIONS if name in sections),
         emulated=() if args.no_emulation else tuple(m for m in emulated if m in rows),
         replays=7 if args.quick else 11,
         cliff_rows=tuple(range(1, 301, 7 if args.quick else 1)),
     )
-
-
-def command(words: Sequence[str]) -> str:
-    """What was typed, with files named without their folders."""
-    shown = []
-    for word, before in zip(words, ["", *words], strict=False):
-        name, equals, value = word.partition("=")
-        if before in FILES:
-            word = Path(word).name
-        elif equals and name in FILES:
-            word = f"{name}={Path(value).name}"
-        shown.append(word)
-    return shlex.join(["python", "scripts/bench.py", *shown])
 
 
 def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
@@ -135,7 +121,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
     torch.manual_seed(0)
     device = DEVICES[args.device].open()
     started = time.monotonic()
-    today = {"date": str(datetime.date.today()), "command": command(words)}
+    today = {"date": str(datetime.date.today()), "command": known.command("bench.py", words)}
     run = Run(device.environment() | today, options, args.json)
     print(f"{run.data['environment']['device']}, {render.header(run.data)}", flush=True)
     sections = {name: SECTIONS[name] for name in options.sections}

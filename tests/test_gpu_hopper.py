@@ -90,6 +90,7 @@ def test_direct_compiles_and_reads_16_bytes_at_a_time(kernel: plans.Direct, dtyp
     found = compiled_at_an_end(kernel, True, dtype, tmp_path)
     assert found.registers <= kernel.registers
     assert re.search(r"ld\.global\S*evict_first\S*\.v4", found.ptx)
+    assert re.search(r"shfl\.sync\.bfly\.b32[^;]*, 16, 31,", found.ptx), "sums over lanes of both groups of K"
     check_loops(tmp_path, 2, 8)
 
 
@@ -383,7 +384,9 @@ def _assembly(text: str, constraints: str, args: list[Array], *_: Any) -> Any:
 
 
 def _operand(values: dict[str, Tensor], name: str) -> Tensor:
-    """A register, or two of 16 bits in braces as one, the first in its lower half."""
+    """A register, or two of 16 bits in braces as one, the first in its lower half; or a number."""
+    if name.isdecimal():
+        return torch.tensor(int(name), dtype=torch.int32)
     if not name.startswith("{"):
         return values[name]
     return torch.stack([values[half] for half in re.findall(r"[^{},\s]+", name)], -1).view(torch.int32).squeeze(-1)
@@ -392,6 +395,11 @@ def _operand(values: dict[str, Tensor], name: str) -> Tensor:
 def _instruction(name: str, args: list[Tensor]) -> Tensor:
     if name == "mov.b32":
         return args[0]
+    if name == "prmt.b32":  # four bytes, each chosen by its number among the eight of two words
+        one, other, numbers = torch.broadcast_tensors(*args)
+        found = torch.stack([one, other], -1).view(torch.uint8)
+        chosen = torch.stack([numbers >> 4 * i & 7 for i in range(4)], -1)
+        return found.gather(-1, chosen.long()).view(torch.int32).squeeze(-1)
     if name == "cvt.f32.f16":
         return args[0].view(torch.float16).float()
     if name == "cvt.rn.f16x2.e4m3x2":
@@ -581,12 +589,11 @@ def directly(gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Te
     """What ``direct.kernel`` computes, program by program, with x at the very end of its memory."""
     m, k = x.shape
     out = torch.full((m, n), torch.nan, dtype=x.dtype)
-    for program in range(-(-n // 16)):
+    pointers = (x.contiguous().view(torch.int32), packed, x if bias is None else bias, out)
+    constants = (4 if m <= 4 else 8, warps, k % (256 * warps) != 0, bias is not None)
+    for program in range(2 * -(-n // 16)):
         gluon.program_id = lambda _, program=program: program
-        pointers = (Pointer(x.contiguous().view(torch.int32)), Pointer(packed))
-        direct.kernel(
-            *pointers, Pointer(x if bias is None else bias), Pointer(out), m, n, k, 8, warps, bias is not None
-        )
+        direct.kernel(*map(Pointer, pointers), m, n, k, *constants)
     return out
 
 
@@ -594,10 +601,10 @@ def directly(gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Te
 def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
     simulated: SimpleNamespace, dtype: torch.dtype
 ) -> None:
-    for m, n, k in ((1, 1, 32), (2, 7, 96), (3, 33, 288), (8, 130, 1056), (5, 17, 4128)):
+    for m, n, k in ((1, 1, 32), (2, 7, 96), (3, 33, 288), (8, 130, 1056), (5, 17, 4128), (4, 40, 2048)):
         x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
         packed = packing.pack(weight, scale)
-        for warps in (2, 4, 8):
+        for warps in (4, 8):
             for offset in (bias, None):
                 actual = directly(simulated, x, packed, n, offset, warps)
                 assert_same(actual, reference.linear(x, weight, scale, offset))

@@ -36,7 +36,7 @@ PARTIAL = 256 * 2**20
 
 def columns(chosen: Plan) -> int:
     """Outputs of a tile."""
-    return 16 if isinstance(chosen, Direct) else 64 * chosen.across if isinstance(chosen, Skinny) else 128
+    return 8 if isinstance(chosen, Direct) else 64 * chosen.across if isinstance(chosen, Skinny) else 128
 
 
 def tiles_of(chosen: Plan, m: int, n: int) -> int:
@@ -55,8 +55,8 @@ def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
     problem = f"{chosen} for {m} rows by [{n}, {k}]"
     if isinstance(chosen, Direct):
         assert packed, problem
-        assert m <= chosen.rows == 8, problem
-        assert chosen.warps in (1, 2, 4, 8, 16), problem
+        assert m <= chosen.rows in (4, 8), problem
+        assert chosen.warps in (4, 8, 16), problem
         assert chosen.registers * chosen.warps * 32 <= plans.REGISTERS, problem
         return
     blocks = math.ceil(k / 128)

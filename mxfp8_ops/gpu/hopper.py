@@ -77,9 +77,9 @@ def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | Non
     assert isinstance(source, Tensor)
     launch(
         direct.kernel,
-        (divided(n, 16),),
+        (2 * divided(n, 16),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
-        (chosen.rows, chosen.warps, bias is not None),
+        (chosen.rows, chosen.warps, k % (256 * chosen.warps) != 0, bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
     )

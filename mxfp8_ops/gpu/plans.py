@@ -18,11 +18,11 @@ REGISTERS = 65536
 
 @dataclass(frozen=True)
 class Direct:
-    """The kernel in ``direct``: rows of x (8), warps of a program, registers of a lane."""
+    """The kernel in ``direct``: rows of x (4 or 8), warps of a program, registers of a lane."""
 
     rows: int
     warps: int
-    registers: int
+    registers: int = 64
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,13 @@ TABLE: dict[Tiled, Cost] = {
 def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors."""
     if packed and (m <= 4 or (m <= 8 and n < 24 * processors)):  # as few rows or outputs as that
-        return _direct(n, processors)
+        return _direct(m, n, processors)
     return min(_tiled(m, n, k, processors), key=lambda choice: microseconds(choice, m, n, k, processors, packed))
 
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    direct = [Direct(8, warps, registers) for warps in (2, 4, 8, 16) for registers in (64, 72, 80)]
-    few = direct if packed and m <= 8 else []
+    few = [Direct(4 if m <= 4 else 8, warps) for warps in (4, 8, 16)] if packed and m <= 8 else []
     return [*few, *_tiled(m, n, k, processors)]
 
 
@@ -191,14 +190,15 @@ def _split(kind: Wide, tiles: int, blocks: int, processors: int) -> Iterator[Wid
             yield replace(kind, split=rest, parts=parts)
 
 
-def _direct(n: int, processors: int) -> Direct:
-    """As many warps as keep the chip's memory busy; as many registers as let every program start at once."""
-    programs = divided(n, 16)
-    warps = 8 if programs < 3 * processors else 4
-    for registers in (80, 72, 64):
-        if programs <= processors * (REGISTERS // (registers * 32 * warps)):
-            return Direct(8, warps, registers)
-    return Direct(8, warps, 72)
+def _direct(m: int, n: int, processors: int) -> Direct:
+    """As many warps along K as let every program start at once."""
+    if m > 4:
+        return Direct(8, 8)
+    programs = 2 * divided(n, 16)
+    for chosen in (Direct(4, 16), Direct(4, 8)):
+        if programs <= processors * (REGISTERS // (chosen.registers * 32 * chosen.warps)):
+            return chosen
+    return Direct(4, 4)
 
 
 def divided(length: int, size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,14 @@ EMULATED_ROWS = (1, 64, 1024)
 """Rows of x for which the emulation is measured: it is slow, and every one of them is a compile."""
 HOST_SHAPE = (1024, 4096)
 
-SECTIONS = ("elementwise", "linear", "host", "cliffs")
+SECTIONS = ("elementwise", "linear", "host", "cliffs", "bandwidth")
+QUICK_SECTIONS = SECTIONS[:-1]
+BANDWIDTH_ROWS = (1, 16)
 DEVICES = ("cuda",)
 DTYPES = ("bfloat16", "float16")
+
+FILES = ("--json", "--markdown", "--plot", "--from-json")
+"""Arguments that name one."""
 
 FORMAT = 1
 
@@ -94,3 +100,16 @@ def load(path: Path) -> Record:
 def shapes_of(records: Iterable[Record]) -> list[Shape]:
     """The shapes of some records, each once, in their order."""
     return list(dict.fromkeys((record["n"], record["k"]) for record in records))
+
+
+def command(script: str, words: Sequence[str]) -> str:
+    """What was typed, with files named without their folders."""
+    shown = []
+    for word, before in zip(words, ["", *words], strict=False):
+        name, equals, value = word.partition("=")
+        if before in FILES:
+            word = Path(word).name
+        elif equals and name in FILES:
+            word = f"{name}={Path(value).name}"
+        shown.append(word)
+    return shlex.join(["python", f"scripts/{script}", *shown])

@@ -10,11 +10,11 @@ from torch import Tensor
 def read(words: Tensor, elements: int, steps: int) -> None:
     """Reads an int32 tensor, in programs of ``steps`` times ``elements`` words."""
     grid = (triton.cdiv(words.numel(), elements * steps),)
-    _kernel[grid](words, words.numel(), ELEMENTS=elements, STEPS=steps, num_warps=elements // 512)
+    read_kernel[grid](words, words.numel(), ELEMENTS=elements, STEPS=steps, num_warps=elements // 512)
 
 
 @triton.jit
-def _kernel(words, count, ELEMENTS: tl.constexpr, STEPS: tl.constexpr):
+def read_kernel(words, count, ELEMENTS: tl.constexpr, STEPS: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * ELEMENTS * STEPS
     offset = start + tl.arange(0, ELEMENTS)
     total = tl.zeros((ELEMENTS,), tl.int32)

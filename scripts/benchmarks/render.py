@@ -43,7 +43,21 @@ def _cliffs_line(record: Record) -> str:
     return f"{_shape(record):<12} largest ratio to a neighbour {ratio:.2f} at M={largest}; over {bars.CLIFF}: {found}"
 
 
-_LINES = {"elementwise": _elementwise_line, "linear": _linear_line, "host": _host_line, "cliffs": _cliffs_line}
+def _bandwidth_line(record: Record) -> str:
+    if "skipped" in record:
+        return f"skipped: {record['skipped']}"
+    longest = {name: max(kernels, key=lambda kernel: kernel["us"]) for name, kernels in record["calls"].items()}
+    cells = [f"{name} {kernel['gbs']:.0f} GB/s ({kernel['percent']:.0f}%)" for name, kernel in longest.items()]
+    return f"{_shape(record):<12} M={record['m']:<5} {'  '.join(cells)}"
+
+
+_LINES = {
+    "elementwise": _elementwise_line,
+    "linear": _linear_line,
+    "host": _host_line,
+    "cliffs": _cliffs_line,
+    "bandwidth": _bandwidth_line,
+}
 
 
 # --- the page ------------------------------------------------------------------------------------------------
@@ -178,7 +192,38 @@ def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
                 yield _row(str(m), f"{each:.2f}", *times)
 
 
-_PAGES = {"elementwise": _elementwise_page, "linear": _linear_page, "host": _host_page, "cliffs": _cliffs_page}
+def _bandwidth_page(records: Sequence[Record]) -> Iterator[str]:
+    yield "## Bandwidth"
+    yield ""
+    if "skipped" in records[0]:
+        yield f"Skipped: {records[0]['skipped']}."
+        return
+    yield "What Nsight Compute counts in single launches, with empty caches: bytes that a kernel reads from memory,"
+    yield "the time that it takes, and how much of what memory can do at most it uses, for reading and for writing."
+    yield ""
+    kernels = (
+        (_spaced(record), str(record["m"]), name, kernel)
+        for record in records
+        for name, launched in record["calls"].items()
+        for kernel in launched
+    )
+    yield from table(
+        ("N x K", "M", "call", "kernel", "us", "MB read", "GB/s", "of peak"),
+        ((*cells, f"`{kernel['kernel']}`", *_traffic(kernel)) for *cells, kernel in kernels),
+    )
+
+
+def _traffic(kernel: Record) -> tuple[str, ...]:
+    return f"{kernel['us']:.2f}", f"{kernel['bytes'] / 1e6:.2f}", f"{kernel['gbs']:.0f}", f"{kernel['percent']:.0f}%"
+
+
+_PAGES = {
+    "elementwise": _elementwise_page,
+    "linear": _linear_page,
+    "host": _host_page,
+    "cliffs": _cliffs_page,
+    "bandwidth": _bandwidth_page,
+}
 
 
 # --- cells ---------------------------------------------------------------------------------------------------
@@ -227,6 +272,11 @@ def _cliffs(record: Record, over: float) -> list[tuple[int, float]]:
 
 def _series(rows: Sequence[int]) -> str:
     return f"{rows[0]}, {rows[1]}, ..., {rows[-1]}"
+
+
+def table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    yield from _head(*names)
+    yield from (_row(*cells) for cells in rows)
 
 
 def _head(*cells: str) -> Iterator[str]:

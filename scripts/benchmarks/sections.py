@@ -1,4 +1,4 @@
-"""What is measured: four sections, each a generator of records (see ``SECTIONS`` at the end)."""
+"""What is measured: five sections, each a generator of records (see ``SECTIONS`` at the end)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 import mxfp8_ops
 
+from .bandwidth import bandwidth
 from .devices import Device
-from .options import HOST_SHAPE, Options, Record, Shape
+from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Record, Shape
 from .timing import Calls, cliffs, summary
 
 ERROR_ROWS = 256
@@ -194,4 +195,5 @@ SECTIONS = {
     "linear": Section(linear, lambda options: len(options.shapes) * len(options.rows)),
     "host": Section(host, lambda options: 2),
     "cliffs": Section(cliff, lambda options: 1),
+    "bandwidth": Section(bandwidth, lambda options: len(options.shapes) * len(BANDWIDTH_ROWS)),
 }
