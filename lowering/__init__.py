@@ -19,20 +19,22 @@ from .switch import disable, enable
 __all__ = ["Options", "Report", "capture", "disable", "enable", "explain", "options", "refresh", "report"]
 
 
-def options(dequant_at_load: bool | None = None, **inductor: Any) -> dict[str, Any]:
+def options(dequant_at_load: bool | None = None, pack_at_load: bool | None = None, **inductor: Any) -> dict[str, Any]:
     """Options for ``torch.compile(m, options=lowering.options())``: Inductor's own backend with our passes.
 
     They recognise ``F.linear(x, dequant(w, s))``, lower dequant to one loop, and with the flag on fold what
-    Inductor's freezing makes constant. (Folding without freezing needs the backend, or ``enable()``.)
+    Inductor's freezing makes constant, and with the flag off pack it. (Without freezing, that needs the backend, or
+    ``enable()``.)
 
     Args:
         dequant_at_load: beats ``MXFP8_DEQUANT_AT_LOAD`` unless None.
+        pack_at_load: beats ``MXFP8_PACK_AT_LOAD`` unless None.
         inductor: further options of Inductor; passes of yours in our two slots run before ours.
     """
-    checked = Options(dequant_at_load)
+    Options(dequant_at_load, pack_at_load=pack_at_load)  # raises on a bad value
     patches = {**compat.run_pre_grad_on_every_compile(), **inductor}
-    patches = passes.install(patches, compat.PRE_GRAD, passes.RecognisePass(checked.dequant_at_load))
-    return passes.install(patches, compat.POST_GRAD, passes.LowerPass(checked.dequant_at_load))
+    patches = passes.install(patches, compat.PRE_GRAD, passes.RecognisePass(dequant_at_load))
+    return passes.install(patches, compat.POST_GRAD, passes.LowerPass(dequant_at_load, pack_at_load))
 
 
 def refresh(model: nn.Module) -> None:

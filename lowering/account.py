@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from mxfp8_ops.format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 
 from . import compat
+from .forms import Packed
 from .graph import (
     StaticView,
     arguments,
@@ -33,7 +34,7 @@ from .graph import (
     view_name,
 )
 from .report import KEPT, PENDING, UNMATCHED, GraphReport, Identity, PlainLinear, WeightReport
-from .slots import Request
+from .slots import Pair, Request
 from .text import dtype_name
 
 Tensors = Callable[[fx.Node], Any]
@@ -52,31 +53,47 @@ class Account:
         self.report, self.tensors = report, tensors
         self.rows: dict[str, WeightReport] = {}
 
-    # --- folded -------------------------------------------------------------------------------------------
+    # --- made at load -------------------------------------------------------------------------------------
 
-    def folded(self, request: Request, value: Tensor, packed: int, scale: int, still_packed: int) -> None:
-        """Notes a dequantized weight, the bytes of its packed form, and how many of those are still held."""
-        name = view_name(request.weight)
-        row = self.rows.get(name)
-        if row is None:
-            row = self._row(request, tuple(value.shape), packed + scale, value.device)
-        row.add_dequantized(value, "dequantized to ")
-        row.bytes_after -= packed - still_packed
-        dequantized = f"{name}.dequantized"
-        self.report.owners.add(name, dequantized, dequantized)
+    def made(
+        self,
+        request: Request,
+        value: Tensor,
+        dtypes: Sequence[torch.dtype],
+        weights: Sequence[int],
+        scales: Sequence[int],
+        held: Sequence[int],
+    ) -> None:
+        """Notes a value made of some weights.
+
+        Args:
+            dtypes: of x where it is used.
+            weights, scales: bytes of each in quantized form. held: bytes of each weight that are still held.
+        """
+        shapes = [_shape(pair.weight(value_of(pair.weight.leaf))) for pair in request.pairs]
+        names = [view_name(pair.weight) for pair in request.pairs]
+        for i, (pair, shape, name) in enumerate(zip(request.pairs, shapes, names, strict=True)):
+            row = self.rows.get(name) or self._row(pair, shape, weights[i] + scales[i], value.device)
+            share = value.nbytes * shape[0] // sum(each[0] for each in shapes) if len(shapes) > 1 else value.nbytes
+            row.add_made(request.form, share, [each for each in names if each != name])
+            row.bytes_after -= weights[i] - held[i]
+            if isinstance(request.form, Packed):
+                row.packed = weakref.ref(value)
+                row.decoding |= dict.fromkeys(map(dtype_name, dtypes), PENDING)
+            self.report.owners.add(name, request.label, request.label)
 
     # --- left ---------------------------------------------------------------------------------------------
 
-    def left(self, node: fx.Node, request: Request | None, weight: Tensor, scale: Tensor, reason: str) -> WeightReport:
+    def left(self, node: fx.Node, pair: Pair | None, weight: Tensor, scale: Tensor, reason: str) -> WeightReport:
         """Notes a call of one of our operators that is not folded, and why. A packed weight is its own scale."""
-        name = view_name(request.weight) if request else str(arguments(node, "x", "weight")[not is_dequant(node)])
+        name = view_name(pair.weight) if pair else str(arguments(node, "x", "weight")[not is_dequant(node)])
         row, packed = self.rows.get(name), is_linear_packed(node)
         if row is None:
             shape = _shape_unpacked(node) if packed else _shape(weight)
             size = _nbytes(weight) if packed else _nbytes(weight) + _nbytes(scale)
-            row = self._row(request, shape, size, weight.device, name)
-            if request and request.is_constant:
-                self.report.constants.append((row, weakref.ref(self.tensors(request.weight.leaf))))
+            row = self._row(pair, shape, size, weight.device, name)
+            if pair and pair.is_constant:
+                self.report.constants.append((row, weakref.ref(self.tensors(pair.weight.leaf))))
         if packed:
             row.decoding.setdefault(dtype_name(value_of(node).dtype), PENDING)
         if not is_dequant(node):
@@ -94,8 +111,12 @@ class Account:
             if scale is None:
                 continue
             weight, readers = value_of(node), ", ".join(dict.fromkeys(map(called, node.users)))
-            request = Request(StaticView(node), StaticView(scale), weight.dtype)
-            row = self._row(request, _shape(weight), _nbytes(weight) + _nbytes(value_of(scale)), weight.device)
+            row = self._row(
+                Pair(StaticView(node), StaticView(scale)),
+                _shape(weight),
+                _nbytes(weight) + _nbytes(value_of(scale)),
+                weight.device,
+            )
             row.action = UNMATCHED
             row.reason = f"read by {readers}, no operator of this package: use mxfp8_ops.linear(x, weight, scale)"
 
@@ -115,15 +136,15 @@ class Account:
     # --- rows ---------------------------------------------------------------------------------------------
 
     def _row(
-        self, request: Request | None, shape: tuple[int, ...], size: int, device: torch.device, name: str = ""
+        self, pair: Pair | None, shape: tuple[int, ...], size: int, device: torch.device, name: str = ""
     ) -> WeightReport:
         identity = None
-        if request is not None:
-            name = view_name(request.weight)
-            tensor = self.tensors(request.weight.leaf)
+        if pair is not None:
+            name = view_name(pair.weight)
+            tensor = self.tensors(pair.weight.leaf)
             if isinstance(tensor, Tensor):
-                identity = Identity(weakref.ref(tensor), request.weight.text, request.weight.steps)
-            for view in (request.weight, request.scale):
+                identity = Identity(weakref.ref(tensor), pair.weight.text, pair.weight.steps)
+            for view in (pair.weight, pair.scale):
                 self.report.owners.add(name, view_name(view), leaf_name(view.leaf))
         row = WeightReport(name, shape, KEPT, "", size, size, device=str(device), identity=identity)
         self.rows[name] = row

@@ -1,4 +1,4 @@
-"""The ``"mxfp8"`` backend: Inductor, with load-time dequant folded first when the flag is on.
+"""The ``"mxfp8"`` backend: Inductor, with weights dequantized first when the flag is on, else packed where that pays.
 
 ``lower`` is what the backend and ``lowering.enable()`` share.
 """
@@ -15,8 +15,8 @@ from mxfp8_ops import environment, settings
 
 from . import compat, passes, released, report
 from . import fold as fold  # registers the freezing pattern
+from .forms import Wanted
 from .frozen import FrozenCall
-from .hoist import FLAG_IS_OFF
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,32 @@ class Options:
 
     Attributes:
         dequant_at_load: beats ``MXFP8_DEQUANT_AT_LOAD`` unless None. Only True folds.
-        release_quantized: frees the packed bytes of folded weights. Eager use of such a weight raises, its
-            compiled graphs and their recompiles keep working.
+        release_quantized: frees the quantized bytes of weights that were dequantized or packed. Eager use of such a
+            weight raises, its compiled graphs and their recompiles keep working.
+        pack_at_load: beats ``MXFP8_PACK_AT_LOAD`` unless None: whether weights that are not folded are packed for the
+            kernels of GPUs. If neither says so, they are where those kernels read packed weights.
+        merge_linears: beats ``MXFP8_MERGE_LINEARS`` unless None: whether linears on the same x, without a bias, become
+            one. If neither says so, they do on GPUs.
     """
 
     dequant_at_load: bool | None = None
     release_quantized: bool = False
+    pack_at_load: bool | None = None
+    merge_linears: bool | None = None
 
     def __post_init__(self) -> None:
-        settings.dequant_at_load(self.dequant_at_load)  # raises on a bad value
+        self.wanted()  # raises on a bad value
         if not isinstance(self.release_quantized, bool):
             raise TypeError(f"release_quantized must be True or False, got {self.release_quantized!r}")
+
+    def wanted(self) -> Wanted:
+        """What these options and the environment now say."""
+        return Wanted(
+            settings.dequant_at_load(self.dequant_at_load) is True,
+            settings.pack_at_load(self.pack_at_load),
+            settings.merge_linears(self.merge_linears),
+            self.release_quantized,
+        )
 
 
 def mxfp8(
@@ -51,7 +66,7 @@ def mxfp8(
         gm: Dynamo's graph; not changed.
         example_inputs: one for each of its placeholders.
         mode: as of ``torch.compile``: "reduce-overhead", "max-autotune", ...
-        options: ``dequant_at_load`` and ``release_quantized`` (see ``Options``), and any of Inductor's.
+        options: those of ``Options``, and any of Inductor's.
 
     Raises:
         ValueError: the environment flag is neither on nor off, or a released weight would be read.
@@ -86,10 +101,9 @@ def lower(
         for tensor in (*example_inputs, *gm.__dict__.values(), *gm.parameters(), *gm.buffers()):
             released.refuse(tensor, "a weight", f"{environment.PASSES} is off")
         return compile_graph(gm, example_inputs, patches)
-    fold = settings.dequant_at_load(options.dequant_at_load) is True
-    keep_all = "" if fold else FLAG_IS_OFF
-    graph_report, hoist, folded = passes.rewrite(gm, example_inputs, keep_all, options.release_quantized, names or {})
-    own = passes.LowerPass(fold, graph_report)
+    wanted = options.wanted()
+    graph_report, hoist, folded = passes.rewrite(gm, example_inputs, wanted, names or {})
+    own = passes.LowerPass(wanted.dequantize, wanted.pack, graph_report)
     with passes.lowering(), graph_report.timed("total"):
         compiled = compile_graph(folded.gm, folded.inputs, passes.install(patches, compat.POST_GRAD, own))
     for part in ("passes", "dequantize"):

@@ -206,6 +206,12 @@ def size_hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
+def without_guards(value: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For trying something on a fake tensor of Dynamo's that is to leave no guard on its sizes."""
+    shape_env = getattr(getattr(value, "fake_mode", None), "shape_env", None)
+    return contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
+
+
 def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without data in the fake mode of the compilation under way, or itself outside of one.
 

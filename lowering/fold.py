@@ -1,30 +1,30 @@
-"""Fold under freezing: an Inductor pattern on constants.
+"""Load-time transformations under freezing: Inductor patterns on constants.
 
 before: ``y = mxfp8.linear(x, _frozen_weight, _frozen_scale, bias)``
-after:  ``y = aten.addmm(bias, x, permute(_mxfp8_dequantized, [1, 0]))``, a constant of the graph
+after:  ``y = aten.addmm(bias, x, permute(_mxfp8_dequantized, [1, 0]))``, a constant of the graph, with the flag on;
+        else, where that pays, ``y = mxfp8.linear_packed(x, _mxfp8_packed, n, bias)``
 
 before: ``w = mxfp8.dequant(_frozen_weight, _frozen_scale, dtype)``
 after:  ``_mxfp8_dequantized``
 
 Applied while Inductor freezes a graph, before it packs constants for its own kernels, and only in compiles
-that carry our passes, with the flag on. (Inductor's constant folder never touches ``mxfp8::dequant``: see
-``mxfp8_ops.ops``.)
+that carry our passes. (Inductor's constant folder never touches ``mxfp8::dequant``: see ``mxfp8_ops.ops``.)
 """
 
 from __future__ import annotations
 
+import re
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor.fx_passes.freezing_patterns import register_freezing_graph_pattern
 from torch._inductor.pattern_matcher import Arg, CallFunction, Match
 
-from mxfp8_ops import ops
-from mxfp8_ops.convert import dequant_bounded
+from mxfp8_ops import ops, settings
 
 from . import passes
+from .forms import Form
 from .graph import returned_storages, storages, value_of
-from .text import dtype_name
 
 
 def _constant(node: fx.Node) -> Tensor | None:
@@ -32,55 +32,65 @@ def _constant(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _may_fold(match: Match) -> bool:
-    ours = passes.active()
-    if ours is None or not ours.fold:
-        return False
-    node = match.output_node()
+def _form(match: Match) -> Form | None:
+    """What the constant weight of a call is to become, None if it is to stay as it is."""
+    ours, node = passes.active(), match.output_node()
+    if ours is None or not settings.passes():
+        return None
     weight, scale = match.args[1:3] if node.target is ops.linear else match.args[:2]
-    if _constant(weight) is None or _constant(scale) is None:
-        return False
+    packed = _constant(weight)
+    if packed is None or _constant(scale) is None:
+        return None
     # A constant handed out by the graph could be written to by whoever receives it.
-    return node.target is ops.linear or not storages(node) & returned_storages(match.graph)
+    if node.target is not ops.linear and storages(node) & returned_storages(match.graph):
+        return None
+    return ours.wanted.form(node, packed.device, value_of(node).dtype)
 
 
-def _dequantized(graph: fx.Graph, weight: fx.Node, scale: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The constant node that holds the dequantized weight. One node serves every use of a weight: Inductor
+def _applies(match: Match) -> bool:
+    return _form(match) is not None
+
+
+def _made(match: Match, weight: fx.Node, scale: fx.Node) -> tuple[fx.Node, Form]:
+    """The constant node that holds the weight in its form. One node serves every use of a weight: Inductor
     deletes an attribute together with any of its nodes.
     """
+    graph, form = match.graph, _form(match)
     gm = graph.owning_module
-    name = f"_mxfp8_dequantized_{weight.target}_{scale.target}_{dtype_name(dtype)}"
+    assert form is not None
+    name = re.sub(r"\W", "_", f"_mxfp8_{form}_{weight.target}_{scale.target}")
     for node in graph.find_nodes(op="get_attr"):
         if node.target == name:
-            return node
-    packed, scales = _constant(weight), _constant(scale)
+            return node, form
+    quantized, scales = _constant(weight), _constant(scale)
     assert gm is not None
-    assert packed is not None
+    assert quantized is not None
     assert scales is not None
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-        value = dequant_bounded(packed.detach(), scales.detach(), dtype)
+        value = form.make(quantized.detach(), scales.detach(), None)
     gm.register_buffer(name, value)
     graph_report = passes.current_report()
     if graph_report is not None:
-        graph_report.mark_frozen(packed, value)
+        graph_report.mark_frozen(quantized, value, form, value_of(match.output_node()).dtype)
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.get_attr(name)
-    example = value_of(weight)
-    node.meta["val"] = example.new_empty(example.shape, dtype=dtype)
-    return node
+    node.meta["val"] = form.empty(value_of(weight))
+    return node, form
 
 
-@register_freezing_graph_pattern(CallFunction(ops.linear, Arg(), Arg(), Arg(), Arg()), extra_check=_may_fold)
-def _fold_linear(match: Match, x: fx.Node, weight: fx.Node, scale: fx.Node, bias: fx.Node | None) -> None:
-    dense = _dequantized(match.graph, weight, scale, value_of(match.output_node()).dtype)
+@register_freezing_graph_pattern(CallFunction(ops.linear, Arg(), Arg(), Arg(), Arg()), extra_check=_applies)
+def _replace_linear(match: Match, x: fx.Node, weight: fx.Node, scale: fx.Node, bias: fx.Node | None) -> None:
+    value, form = _made(match, weight, scale)
+    call, more = form.linear(value_of(weight).shape[0])
     if bias is None:
-        match.replace_by_example(lambda x, weight: F.linear(x, weight), [x, dense])
+        match.replace_by_example(lambda x, weight: call(x, weight, *more, None), [x, value])
     else:
-        match.replace_by_example(lambda x, weight, bias: F.linear(x, weight, bias), [x, dense, bias])
+        match.replace_by_example(lambda x, weight, bias: call(x, weight, *more, bias), [x, value, bias])
 
 
-@register_freezing_graph_pattern(CallFunction(ops.dequant, Arg(), Arg(), Arg()), extra_check=_may_fold)
-def _fold_dequant(match: Match, weight: fx.Node, scale: fx.Node, dtype: torch.dtype) -> None:
+@register_freezing_graph_pattern(CallFunction(ops.dequant, Arg(), Arg(), Arg()), extra_check=_applies)
+def _replace_dequant(match: Match, weight: fx.Node, scale: fx.Node, dtype: torch.dtype) -> None:
+    value, _ = _made(match, weight, scale)
     node = match.output_node()
-    node.replace_all_uses_with(_dequantized(match.graph, weight, scale, dtype))
+    node.replace_all_uses_with(value)
     match.graph.erase_node(node)

@@ -39,8 +39,9 @@ class FrozenCall:
     def around(
         compiled: Callable[..., Any], gm: fx.GraphModule, constants: list[tuple[WeightReport, Tensor, Tensor]]
     ) -> Callable[..., Any]:
-        """``compiled`` itself where freezing folded nothing."""
-        tensors = [tensor for each, *pair in constants if each.action == FOLDED for tensor in pair]
+        """``compiled`` itself where freezing folded and packed nothing."""
+        made = [pair for each, *pair in constants if each.action == FOLDED or each.bytes_packed]
+        tensors = [tensor for pair in made for tensor in pair]
         tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # these have no version
         return FrozenCall(compiled, compat.copy_graph_module(gm), tensors) if tensors else compiled
 

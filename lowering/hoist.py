@@ -1,13 +1,14 @@
-"""Fold without freezing: dequantized weights become static inputs of the graph.
+"""Load-time transformations without freezing: weights in another form become static inputs of the graph.
 
 before: ``y = mxfp8.linear(x, weight, scale, bias)``
-after:  ``y = F.linear(x, weight_dequantized, bias)``, with ``weight_dequantized`` a new graph input
+after:  ``y = F.linear(x, weight_dequantized, bias)`` with the flag on, ``weight_dequantized`` being a new graph input;
+        else, where the device has kernels for it, ``y = mxfp8.linear_packed(x, weight_packed, n, bias)``
 
 before: ``w = mxfp8.dequant(weight, scale, dtype)``
-after:  the new graph input in place of ``w``
+after:  with the flag on the new graph input in place of ``w``
 
-Nothing is baked into the compiled artifact, so caches stay valid, graphs that share a weight share its
-dequantized value, and a weight that changes is seen at the next call.
+Nothing is baked into the compiled artifact, so caches stay valid, graphs that share a weight share its other
+form, and a weight that changes is seen at the next call.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import compat, released, store
+from . import compat, merge, released, store
 from .account import Account
+from .forms import Form, Packed, Wanted
 from .graph import (
     StaticView,
     arguments,
@@ -37,7 +38,7 @@ from .graph import (
     written_storages,
 )
 from .report import GraphReport, WeightReport
-from .slots import Folded, Request, Slot
+from .slots import Folded, Pair, Request, Slot
 
 FLAG_IS_OFF = "the flag is not on"
 
@@ -64,18 +65,19 @@ class Use:
             elif is_dequant(node):
                 yield Use(node, *arguments(node, "weight", "scale", "dtype"))
 
-    def request(self) -> Request | None:
-        """The use in terms of the graph's inputs, None if its weight is computed in the graph."""
+    def pair(self) -> Pair | None:
+        """Its weight and scale in terms of the graph's inputs, None if they are computed in the graph."""
         weight, scale = static_view(self.weight), static_view(self.scale)
-        return None if weight is None or scale is None else Request(weight, scale, self.dtype)
+        return None if weight is None or scale is None else Pair(weight, scale)
 
-    def replace(self, dequantized: fx.Node) -> None:
-        """Rewrites the call to one that reads ``dequantized``."""
-        graph, new = self.node.graph, dequantized
+    def replace(self, value: fx.Node, form: Form) -> None:
+        """Rewrites the call to one that reads ``value``."""
+        graph, new = self.node.graph, value
         if is_linear(self.node):
             x, _, _, bias = arguments(self.node, "x", "weight", "scale", "bias")
+            call, more = form.linear(value_of(self.weight).shape[0])
             with graph.inserting_before(self.node):
-                new = graph.call_function(F.linear, (x, dequantized, bias))
+                new = graph.call_function(call, (x, value, *more, bias))
             new.meta = dict(self.node.meta)
         self.node.replace_all_uses_with(new)
         graph.erase_node(self.node)
@@ -87,7 +89,8 @@ class Level:
 
     gm: fx.GraphModule
     sites: list[Site] = field(default_factory=list)
-    added: dict[tuple[fx.Node, fx.Node, str, torch.dtype], fx.Node] = field(default_factory=dict)
+    added: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+    supplied: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.written = written_storages(self.gm.graph)
@@ -107,10 +110,10 @@ class Site:
     node: fx.Node
     first: int
 
-    def lift(self, called: Level, request: Request) -> Request | None:
-        """A request of the called graph in terms of the caller's inputs."""
-        weight, scale = (self._lift(called, view) for view in (request.weight, request.scale))
-        return None if weight is None or scale is None else Request(weight, scale, request.dtype)
+    def lift(self, called: Level, pair: Pair) -> Pair | None:
+        """A weight and scale of the called graph in terms of the caller's inputs."""
+        weight, scale = (self._lift(called, view) for view in (pair.weight, pair.scale))
+        return None if weight is None or scale is None else Pair(weight, scale)
 
     def _lift(self, called: Level, view: StaticView) -> StaticView | None:
         if view.leaf not in called.positions:
@@ -125,8 +128,7 @@ class Hoist:
     Args:
         gm: a copy of Dynamo's graph, which is changed.
         example_inputs: what Dynamo gave the backend: real parameters, one for each placeholder.
-        keep_all: why no weight is to be folded, "" to fold those that can be.
-        release: whether to free packed weights that nothing else in the graph reads.
+        wanted: what is to become of its weights.
         report: where what happened to each weight is written.
 
     Attributes:
@@ -138,20 +140,20 @@ class Hoist:
         self,
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
-        keep_all: str,
-        release: bool,
+        wanted: Wanted,
         report: GraphReport,
     ) -> None:
         self.report = report
         self.example_inputs = list(example_inputs)
-        self.keep_all, self.release = keep_all, release
+        self.wanted = wanted
         self.top = Level(gm)
         self._example = _examples(self.top, self.example_inputs)
         self.account = Account(report, self._example)
         self.levels = [self.top]
         self._find_levels(self.top)
         self.slots: list[Slot] = []
-        self.kept: list[tuple[Use, Request | None, str]] = []
+        self.dtypes: dict[tuple[Any, ...], list[torch.dtype]] = {}
+        self.kept: list[tuple[Use, Pair | None, str]] = []
         self.constants: list[tuple[WeightReport, Tensor, Tensor]] = []
 
     def run(self) -> Folded:
@@ -163,8 +165,7 @@ class Hoist:
         for level in self.levels:
             self.account.plain_linears(level.gm.graph)
         for level in reversed(self.levels):
-            for use in Use.all_in(level.gm.graph):
-                self._handle(level, use)
+            self._handle(level, list(Use.all_in(level.gm.graph)))
             _erase_unused_views(level.gm.graph)
             _drop_folded_operands(level)
         kept_inputs = self._drop_folded_inputs()
@@ -191,39 +192,59 @@ class Hoist:
             self.levels.append(sub)
             self._find_levels(sub)
 
-    def _handle(self, level: Level, use: Use) -> None:
-        request = use.request()
-        reason = self._why_kept(level, use, request)
-        if not reason:
-            assert request is not None
-            use.replace(self._supply(level, request))
-            return
-        for origin in self._origins(level, request):
-            if origin:
-                released.refuse(self._example(origin.weight.leaf), view_name(origin.weight), reason)
-            self.kept.append((use, origin, reason))
+    def _handle(self, level: Level, uses: list[Use]) -> None:
+        made: dict[fx.Node, tuple[Use, Pair, Form]] = {}
+        for use in uses:
+            pair, form = use.pair(), self._form(use)
+            reason = self._why_kept(level, use, pair, form)
+            if not reason:
+                assert pair is not None
+                assert form is not None
+                made[use.node] = use, pair, form
+                continue
+            for origin in self._origins(level, pair):
+                if origin:
+                    released.refuse(self._example(origin.weight.leaf), view_name(origin.weight), reason)
+                self.kept.append((use, origin, reason))
+        merged = self._merged(made)
+        for node, (use, pair, form) in made.items():
+            group = merged.get(node, [node])
+            if len(group) == 1:
+                use.replace(self._supply(level, Request((pair,), form), use.dtype), form)
+            elif node is group[0]:
+                request = Request(tuple(made[each][1] for each in group), form)
+                n = sum(value_of(each).shape[-1] for each in group)
+                merge.replace(group, self._supply(level, request, use.dtype), *form.linear(n))
+
+    def _merged(self, made: dict[fx.Node, tuple[Use, Pair, Form]]) -> dict[fx.Node, list[fx.Node]]:
+        """The calls that become one, by each of them."""
+        nodes = [node for node, (use, _, _) in made.items() if self.wanted.merges(self._value(use.weight).device)]
+        return {node: group for group in merge.groups(nodes) for node in group}
 
     # --- may it be folded? ------------------------------------------------------------------------------
 
-    def _why_kept(self, level: Level, use: Use, request: Request | None) -> str:
-        """Why a use cannot be folded, "" if it can."""
-        if is_linear_packed(use.node) and self.keep_all != FLAG_IS_OFF:
+    def _form(self, use: Use) -> Form | None:
+        return None if self.wanted.nothing else self.wanted.form(use.node, self._value(use.weight).device, use.dtype)
+
+    def _why_kept(self, level: Level, use: Use, pair: Pair | None, form: Form | None) -> str:
+        """Why the weight of a use stays as it is, "" if it can be made into that form."""
+        if is_linear_packed(use.node) and (self.wanted.dequantize or self.wanted.nothing not in ("", FLAG_IS_OFF)):
             return "not folded while packed: unpack_() first"
-        if self.keep_all:
-            return self.keep_all
+        if form is None:
+            return self.wanted.nothing or FLAG_IS_OFF
         if is_dequant(use.node) and storages(use.node) & (level.written | level.returned):
             return "the dequantized tensor leaves the graph or is written to"
-        return self._why_not_supplied(level, request)
+        reason = self._why_not_supplied(level, pair)
+        return f"{FLAG_IS_OFF}; not packed: {reason}" if reason and isinstance(form, Packed) else reason
 
-    def _why_not_supplied(self, level: Level, request: Request | None) -> str:
-        if request is None:
+    def _why_not_supplied(self, level: Level, pair: Pair | None) -> str:
+        if pair is None:
             return "the weight is computed in the graph"
-        leaves = (request.weight.leaf, request.scale.leaf)
-        if level.written and any(storages(leaf) & level.written for leaf in leaves):
+        if level.written and any(storages(leaf) & level.written for leaf in pair.leaves):
             return "the graph writes to the weight or its scale"
         if level is self.top:
-            return next(filter(None, map(self._why_not_static, leaves)), "")
-        reasons = (self._why_not_supplied(site.caller, site.lift(level, request)) for site in level.sites)
+            return next(filter(None, map(self._why_not_static, pair.leaves)), "")
+        reasons = (self._why_not_supplied(site.caller, site.lift(level, pair)) for site in level.sites)
         return next(filter(None, reasons), "")
 
     def _why_not_static(self, leaf: fx.Node) -> str:
@@ -240,63 +261,75 @@ class Hoist:
 
     # --- the fold ---------------------------------------------------------------------------------------
 
-    def _supply(self, level: Level, request: Request) -> fx.Node:
-        """The node that holds the dequantized weight in this graph, made when there is none."""
-        key = (request.weight.leaf, request.scale.leaf, request.views, request.dtype)
-        if key not in level.added:
+    def _supply(self, level: Level, request: Request, dtype: torch.dtype) -> fx.Node:
+        """The node that holds a request's value in this graph, made when there is none. ``dtype``: of x."""
+        if level is self.top:
+            self.dtypes.setdefault(request.key, []).append(dtype)
+        if request.key not in level.added:
             value = None
-            if level is self.top:  # its value is known when the weight has been dequantized
-                self.slots.append(Slot((level.positions[key[0]], level.positions[key[1]]), request))
+            if level is self.top:  # its value is known when it has been made
+                self.slots.append(Slot(tuple(level.positions[leaf] for leaf in request.leaves), request))
             else:
-                packed = request.weight(value_of(request.weight.leaf))
-                value = packed.new_empty(packed.shape, dtype=request.dtype)
-            label = f"{view_name(request.weight)}.dequantized"
-            node = compat.add_static_input(level.last_input(), len(level.added), label, value)
-            level.added[key] = node
+                value = request.form.empty(self._rows_of_all(request))
+            node = compat.add_static_input(level.last_input(), len(level.added), request.label, value)
+            level.added[request.key] = node
+            level.supplied.append(request)
             for site in level.sites:
-                lifted = site.lift(level, request)
-                assert lifted is not None  # _why_not_supplied looked at every site
-                site.node.args = (*site.node.args, self._supply(site.caller, lifted))
-        return level.added[key]
+                lifted = [site.lift(level, pair) for pair in request.pairs]
+                assert all(lifted)  # _why_not_supplied looked at every site
+                outer = Request(tuple(filter(None, lifted)), request.form)
+                site.node.args = (*site.node.args, self._supply(site.caller, outer, dtype))
+        return level.added[request.key]
+
+    @staticmethod
+    def _rows_of_all(request: Request) -> Tensor:
+        """A weight of the size of all, without data."""
+        weights = [pair.weight(value_of(pair.weight.leaf)) for pair in request.pairs]
+        if len(weights) == 1:
+            return weights[0]
+        return weights[0].new_empty((sum(len(weight) for weight in weights), weights[0].shape[1]))
 
     def _drop_folded_inputs(self) -> list[int]:
         """Erases inputs that nothing reads any more; returns the positions of those that stay."""
-        folded = {i for slot in self.slots for i in (slot.weight_index, slot.scale_index)}
+        folded = {i for slot in self.slots for i in slot.indices}
         dropped = {i for i in folded if not self.top.placeholders[i].users}
         for i in dropped:
             self.top.gm.graph.erase_node(self.top.placeholders[i])
         return [i for i in range(len(self.example_inputs)) if i not in dropped]
 
     def _make_values(self, kept_inputs: list[int]) -> list[Tensor]:
-        """Dequantizes slot by slot; a packed weight is released before the next one is made."""
+        """Makes slot by slot; a quantized weight is released before the next value is made."""
         values, appended = [], list(self.top.added.values())
-        last_use = {slot.weight_index: position for position, slot in enumerate(self.slots)}
+        last_use = {i: position for position, slot in enumerate(self.slots) for i in slot.indices}
         for position, slot in enumerate(self.slots):
-            weight, scale = (self.example_inputs[i] for i in (slot.weight_index, slot.scale_index))
-            size = (released.nbytes(weight), released.nbytes(scale))
+            weights = [self.example_inputs[i] for i in slot.indices[::2]]
+            sizes = [released.nbytes(self.example_inputs[i]) for i in slot.indices]
             with self.report.timed("dequantize"):
-                entry = slot.fetch(weight, scale)
+                entry = slot.fetch(self.example_inputs)
                 assert entry.value is not None
                 values.append(entry.value)
                 appended[position].meta["example_value"] = compat.static_fake(entry.value)
-            still_needed = slot.weight_index in kept_inputs or last_use[slot.weight_index] > position
-            if self.release and not still_needed:
-                store.release(weight)
-            self.account.folded(slot.request, entry.value, *size, released.nbytes(weight))
+            for i, weight in zip(slot.indices[::2], weights, strict=True):
+                still_needed = i in kept_inputs or last_use[i] > position
+                if self.wanted.release and not still_needed and not released.is_released(weight):
+                    store.release(weight)
+            held = [released.nbytes(weight) for weight in weights]
+            dtypes = self.dtypes[slot.request.key]
+            self.account.made(slot.request, entry.value, dtypes, sizes[::2], sizes[1::2], held)
         return values
 
     # --- what is not folded -----------------------------------------------------------------------------
 
-    def _leave(self, use: Use, origin: Request | None, reason: str) -> None:
+    def _leave(self, use: Use, origin: Pair | None, reason: str) -> None:
         row = self.account.left(use.node, origin, self._value(use.weight), self._value(use.scale), reason)
         if origin and origin.is_constant:
             self.constants.append((row, self._example(origin.weight.leaf), self._example(origin.scale.leaf)))
 
-    def _origins(self, level: Level, request: Request | None) -> list[Request | None]:
-        """A request in terms of the top graph's inputs, one for every way the sub-graph is reached."""
-        if request is None or level is self.top:
-            return [request]
-        return [each for site in level.sites for each in self._origins(site.caller, site.lift(level, request))]
+    def _origins(self, level: Level, pair: Pair | None) -> list[Pair | None]:
+        """A weight and scale in terms of the top graph's inputs, once for every way the sub-graph is reached."""
+        if pair is None or level is self.top:
+            return [pair]
+        return [each for site in level.sites for each in self._origins(site.caller, site.lift(level, pair))]
 
     def _value(self, node: fx.Node) -> Tensor:
         value = value_of(node)  # torch 2.11 may have lost it, see compat.is_dynamo_graph
@@ -319,7 +352,7 @@ def _drop_folded_operands(level: Level) -> None:
     """Stops passing packed weights to a sub-graph that has their dequantized values now."""
     if not level.sites:
         return
-    folded = {leaf for weight, scale, *_ in level.added for leaf in (weight, scale)}
+    folded = {leaf for request in level.supplied for leaf in request.leaves}
     for leaf in folded:
         if leaf.users:
             continue

@@ -11,6 +11,7 @@ import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import mxfp8_ops
 from mxfp8_ops import settings
 
 from . import compat, kernels, report
+from .forms import Wanted
 from .graph import label_leaves, leaf_name, leaves, recognise, recognise_all
 from .hoist import FLAG_IS_OFF, Hoist
 from .report import GraphBreak, GraphReport
@@ -44,26 +46,28 @@ class Mxfp8Pass(CustomGraphPass):
     """Base of our passes.
 
     Args:
-        dequant_at_load: beats the environment unless None, in which case the flag is read at every compile.
+        dequant_at_load, pack_at_load: beat the environment unless None, in which case it is read at every compile.
     """
 
-    def __init__(self, dequant_at_load: bool | None = None) -> None:
-        self.dequant_at_load = dequant_at_load
+    def __init__(self, dequant_at_load: bool | None = None, pack_at_load: bool | None = None) -> None:
+        self.dequant_at_load, self.pack_at_load = dequant_at_load, pack_at_load
 
     @property
-    def fold(self) -> bool:
-        """Whether load-time dequant is folded: a compiler doubles memory only when asked."""
-        return settings.passes() and settings.dequant_at_load(self.dequant_at_load) is True
+    def wanted(self) -> Wanted:
+        """What is to become of weights that freezing makes constants: a compiler doubles memory only when asked."""
+        fold = settings.dequant_at_load(self.dequant_at_load) is True
+        return Wanted(fold, settings.pack_at_load(self.pack_at_load), settings.merge_linears())
 
     def uuid(self) -> Any:
-        switches = (self.fold, settings.passes(), settings.kernels())
+        switches = (*astuple(self.wanted), settings.passes(), settings.kernels())
         return type(self).__name__, source_hash(), switches, compat.autocast_state()
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.dequant_at_load == other.dequant_at_load
+        ours = self.dequant_at_load, self.pack_at_load
+        return type(self) is type(other) and ours == (other.dequant_at_load, other.pack_at_load)
 
     def __hash__(self) -> int:
-        return hash((type(self), self.dequant_at_load))
+        return hash((type(self), self.dequant_at_load, self.pack_at_load))
 
 
 class RecognisePass(Mxfp8Pass):
@@ -76,26 +80,32 @@ class RecognisePass(Mxfp8Pass):
         if gm is None or is_lowering() or not compat.is_dynamo_graph(graph):
             recognise(graph)
             return  # reported already, or the sub-graph of an operator: reported with the graph that calls it
-        keep = _ONLY_FREEZING if self.fold else FLAG_IS_OFF
-        rewrite(gm, [None] * len(inputs), keep, release=False, names={}, in_place=True)
+        fold = self.wanted.dequantize
+        wanted = Wanted(fold, nothing=_ONLY_FREEZING if fold else FLAG_IS_OFF)
+        rewrite(gm, [None] * len(inputs), wanted, names={}, in_place=True)
 
 
 class LowerPass(Mxfp8Pass):
     """Post-grad: what was not folded is lowered; keeps the final graph's text for the report.
 
     Args:
-        dequant_at_load: see ``Mxfp8Pass``.
+        dequant_at_load, pack_at_load: see ``Mxfp8Pass``.
         graph_report: of the graph being compiled, whose backward may be compiled much later and in another thread.
             None where the pre-grad pass publishes it.
     """
 
-    def __init__(self, dequant_at_load: bool | None = None, graph_report: GraphReport | None = None) -> None:
-        super().__init__(dequant_at_load)
+    def __init__(
+        self,
+        dequant_at_load: bool | None = None,
+        pack_at_load: bool | None = None,
+        graph_report: GraphReport | None = None,
+    ) -> None:
+        super().__init__(dequant_at_load, pack_at_load)
         self.graph_report = None if graph_report is None else weakref.ref(graph_report)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the report, which no other process could use."""
-        return {"dequant_at_load": self.dequant_at_load, "graph_report": None}
+        return {**self.__dict__, "graph_report": None}
 
     def __call__(self, graph: fx.Graph) -> None:
         if not settings.passes():
@@ -110,8 +120,7 @@ class LowerPass(Mxfp8Pass):
 def rewrite(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    keep_all: str,
-    release: bool,
+    wanted: Wanted,
     names: Mapping[int, str],
     in_place: bool = False,
 ) -> tuple[GraphReport, Hoist, Folded]:
@@ -119,7 +128,7 @@ def rewrite(
 
     Args:
         gm: the graph, changed only if ``in_place``.
-        inputs, keep_all, release: see ``Hoist``.
+        inputs, wanted: see ``Hoist``.
         names: see ``graph.label_leaves``.
     """
     graph_report = GraphReport(graph_break=GraphBreak.of(*(compat.graph_break_of(gm) or (None,))))
@@ -132,7 +141,7 @@ def rewrite(
         constants = [(getattr(gm, str(node.target), None), leaf_name(node)) for node in attributes]
         graph_report.labels = [(weakref.ref(each), name) for each, name in constants if isinstance(each, Tensor)]
         recognised = recognise_all(changed)
-        hoist = Hoist(changed, inputs, keep_all, release, graph_report)
+        hoist = Hoist(changed, inputs, wanted, graph_report)
         folded = hoist.run()
         graph_report.inputs = [leaf_name(node) for node in changed.graph.find_nodes(op="placeholder")]
         before = after = graph_lines(changed, graph_report.owners)

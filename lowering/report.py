@@ -24,6 +24,7 @@ from mxfp8_ops import ops
 from mxfp8_ops.packing import exact_marks
 
 from . import compat
+from .forms import Dequantized, Form, Packed
 from .graph import Steps, leaf_name, viewed
 from .text import Line, Owners, dtype_name, graph_lines
 
@@ -75,7 +76,7 @@ class WeightReport:
         bytes_after: of everything held for this weight after the compile: the dequantized copies, and the
             quantized bytes unless they were released.
         kernel: what computes with it, as far as is known: the call in the generated code, else in the graph.
-        bytes_dequantized: of the dequantized copies.
+        bytes_dequantized: of the dequantized copies. bytes_packed: of the packed one.
         device: where it is.
         decoding: of a packed weight, by x's dtype: how the kernels of GPUs decode it, "fast", "exact" (some codes
             need that), "dequantized" (as a whole, in every call) or "unknown" (its data was not at hand).
@@ -89,17 +90,30 @@ class WeightReport:
     bytes_after: int
     kernel: str = ""
     bytes_dequantized: int = field(default=0, compare=False)
+    bytes_packed: int = field(default=0, compare=False)
     device: str = field(default="cpu", compare=False)
     decoding: dict[str, str] = field(default_factory=dict)
     identity: Identity | None = field(default=None, compare=False, repr=False)
+    packed: weakref.ref[Tensor] | None = field(default=None, compare=False, repr=False)
+    """The packed copy, of which this weight may be a part."""
 
-    def add_dequantized(self, value: Tensor, how: str) -> None:
-        """Counts one more dequantized copy, of another dtype than those before."""
-        name = dtype_name(value.dtype)
-        self.reason = f"{self.reason}, {name}" if self.action == FOLDED else f"{how}{name}"
-        self.action = FOLDED
-        self.bytes_dequantized += value.nbytes
-        self.bytes_after += value.nbytes
+    def add_made(self, form: Form, nbytes: int, others: Sequence[str] = (), how: str = "") -> None:
+        """Counts a copy in another form, and says so after ``how``; ``others``: the weights that it holds besides."""
+        self.bytes_after += nbytes
+        merged = f", one linear with {', '.join(others)}" if others else ""
+        if isinstance(form, Dequantized):
+            first = self.action != FOLDED
+            self.reason = f"{how}{form}{merged}" if first else f"{self.reason}, {dtype_name(form.dtype)}{merged}"
+            self.action = FOLDED
+            self.bytes_dequantized += nbytes
+        else:
+            self.reason = f"{how}at load{merged}"
+            self.bytes_packed += nbytes
+
+    def _packed(self) -> Tensor | None:
+        if self.packed is not None:
+            return self.packed()
+        return None if self.identity is None else self.identity.value()
 
     def read_decoding(self) -> None:
         """Says how a packed weight is decoded, once: its data tells, see ``mxfp8_ops.packing``."""
@@ -112,7 +126,7 @@ class WeightReport:
                 known = dict.fromkeys(known, DEQUANTIZED)
             else:
                 with torch.utils._python_dispatch._disable_current_modes():
-                    packed = self.identity.value() if self.identity is not None else None
+                    packed = self._packed()
                     if packed is not None:
                         known["bfloat16"], known["float16"] = (EXACT if mark else FAST for mark in exact_marks(packed))
             self.decoding = {name: known[name] for name in self.decoding}
@@ -280,14 +294,17 @@ class GraphReport:
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
-    def mark_frozen(self, weight: Tensor, dequantized: Tensor) -> None:
-        """Notes that freezing folded the constant ``weight`` into ``dequantized``."""
+    def mark_frozen(self, weight: Tensor, value: Tensor, form: Form, dtype: torch.dtype) -> None:
+        """Notes that freezing made ``value`` of the constant ``weight``, for x of that dtype."""
         for each, ref in self.constants:
             tensor = ref()
             if tensor is not None and (tensor is weight or tensor.data_ptr() == weight.data_ptr()):
-                each.add_dequantized(dequantized, "frozen, dequantized to ")
-                label = f"{each.name}.dequantized"
-                self.labels.append((weakref.ref(dequantized), label))
+                each.add_made(form, value.nbytes, how="frozen, ")
+                if isinstance(form, Packed):
+                    each.packed = weakref.ref(value)
+                    each.decoding.setdefault(dtype_name(dtype), PENDING)
+                label = f"{each.name}.{form.word}"
+                self.labels.append((weakref.ref(value), label))
                 self.owners.add(each.name, label, label)
 
     def read_decoding(self) -> None:
@@ -407,7 +424,7 @@ def memory(weights: Iterable[WeightReport]) -> Memory:
     weights = list(weights)
     before = held = peak = sum(weight.bytes_before for weight in weights)
     for weight in weights:
-        peak = max(peak, held + weight.bytes_dequantized)
+        peak = max(peak, held + weight.bytes_dequantized + weight.bytes_packed)
         held += weight.bytes_after - weight.bytes_before
     return Memory(before, peak, held)
 

@@ -1,118 +1,150 @@
-"""Dequantized weights, one for each (weight, scale, dtype), shared by every graph and recompile.
+"""Weights in another form, one for each (weights, scales, form), shared by every graph and recompile.
 
-An entry lives as long as a compiled graph uses it and its weight lives; a released weight keeps its own
-entry alive, since nothing else could make it again. Entries are refreshed in place, so that compiled code
+An entry lives as long as a compiled graph uses it and its weights live; a released weight keeps its own
+entries alive, since nothing else could make them again. Entries are refreshed in place, so that compiled code
 and CUDA graphs see a stable address.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mxfp8_ops.convert import dequant_bounded
-
 from . import released
+from .forms import Form
 
-View = Callable[[Tensor], Tensor]
-Key = tuple[int, int, str, torch.dtype]
+View: TypeAlias = Callable[[Tensor], Tensor]
+Key: TypeAlias = tuple[tuple[int, ...], str, Form]
 
 _lock = threading.RLock()
 _entries: weakref.WeakValueDictionary[Key, Entry] = weakref.WeakValueDictionary()
+_epochs = itertools.count(1)
+_epoch = 0
+
+
+def epoch() -> int:
+    """A number that changes whenever an entry may have become stale although its tensors look as before."""
+    return _epoch
+
+
+def _begin_epoch() -> None:
+    global _epoch
+    _epoch = next(_epochs)  # takes no lock: called by the garbage collector, too
 
 
 class Entry:
-    """The dequantized value of ``weight_view(weight)`` and ``scale_view(scale)``.
+    """The value of some weights and scales in a form: of several weights, with the rows of all.
+
+    Args:
+        tensors: weight, scale, weight, scale, ... . views: what is taken of each.
 
     Attributes:
-        value: the dequantized tensor, None once the weight is gone.
-        released: whether the packed bytes of the weight were freed.
+        value: None once one of the tensors is gone.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, weight_view: View, scale_view: View, dtype: torch.dtype) -> None:
-        self.weight = weakref.ref(weight, self._drop)
-        self.scale = weakref.ref(scale, self._drop)
-        self.weight_view, self.scale_view, self.dtype = weight_view, scale_view, dtype
+    def __init__(self, tensors: tuple[Tensor, ...], views: tuple[View, ...], form: Form) -> None:
+        self.tensors = tuple(weakref.ref(tensor, self._drop) for tensor in tensors)
+        self.views, self.form = views, form
         self.value: Tensor | None = None
-        self.seen: tuple[int, ...] | None = None
-        self.released = False
+        self.seen: list[tuple[int, int]] | None = None
 
-    def is_current(self, weight: Tensor, scale: Tensor) -> bool:
-        """Whether ``value`` still belongs to these two tensors as they are now: a replaced one has another
+    def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether ``value`` still belongs to these tensors as they are now: a replaced one has another
         identity, ``.data =`` another address, an in-place update another version.
         """
-        if self.weight() is not weight or self.scale() is not scale or self.value is None:
+        if self.value is None or any(ref() is not tensor for ref, tensor in zip(self.tensors, tensors, strict=True)):
             return False
-        if self.released:
-            return self.seen == (scale._version, scale.data_ptr())
-        return self.seen == (weight._version, scale._version, weight.data_ptr(), scale.data_ptr())
+        return self.seen == _state(tensors)
 
-    def refresh(self, weight: Tensor, scale: Tensor) -> None:
-        """Dequantizes again, into the same memory."""
+    def refresh(self, tensors: tuple[Tensor, ...]) -> None:
+        """Makes the value again, in the same memory."""
         with _lock:
-            if self.is_current(weight, scale):
+            if self.is_current(tensors):
                 return
-            if self.released:
+            if any(map(released.is_released, tensors)):
                 raise ValueError(
                     "the scale of a released MXFP8 weight was changed: release_quantized=True freed the bytes "
                     "that would be needed; load the model again, or compile it without release_quantized"
                 )
             # Outside of inference mode: its tensors could neither be saved for backward nor updated later.
             with torch.inference_mode(False), torch.no_grad():
-                seen = (weight._version, scale._version, weight.data_ptr(), scale.data_ptr())
-                packed, scales = self.weight_view(weight), self.scale_view(scale)
-                fits = self.value is not None and self.value.shape == packed.shape
-                reusable = self.value if fits and self.value.device == packed.device else None  # type: ignore[union-attr]
-                self.value = dequant_bounded(packed, scales, self.dtype, out=reusable)
+                seen = _state(tensors)
+                viewed = [view(tensor) for view, tensor in zip(self.views, tensors, strict=True)]
+                weight, scale = (
+                    each[0] if len(each) == 1 else _rows_of_all(each) for each in (viewed[::2], viewed[1::2])
+                )
+                expected, value = self.form.empty(weight.to("meta")), self.value
+                fits = value is not None and value.shape == expected.shape and value.device == weight.device
+                self.value = self.form.make(weight, scale, value if fits else None)
                 self.seen = seen
 
     def _drop(self, _: object) -> None:
         self.value = None
+        _begin_epoch()  # another tensor may get the place, the version and so the looks of the one that is gone
 
 
-def entry(weight: Tensor, scale: Tensor, weight_view: View, scale_view: View, views: str, dtype: torch.dtype) -> Entry:
-    """The entry of these two tensors, made when there is none. ``views`` names the two view functions.
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What tells whether tensors were changed. A released one cannot be."""
+    return [(-1, -1) if released.is_released(each) else (each._version, each.data_ptr()) for each in tensors]
+
+
+def _rows_of_all(tensors: list[Tensor]) -> Tensor:
+    joined = torch.cat([tensor.view(torch.uint8) for tensor in tensors])
+    return joined.view(tensors[0].dtype)
+
+
+def entry(tensors: tuple[Tensor, ...], views: tuple[View, ...], text: str, form: Form) -> Entry:
+    """The entry of these tensors, made when there is none. ``text`` names the views.
 
     Raises:
-        ValueError: the weight was released, and not as this dtype.
+        ValueError: a weight was released, and not in this form.
     """
-    key = (id(weight), id(scale), views, dtype)
+    key = (tuple(map(id, tensors)), text, form)
     with _lock:
         found = _entries.get(key)
-        if found is None or found.weight() is not weight or found.scale() is not scale:
-            if released.is_released(weight):
+        if found is None or any(ref() is not tensor for ref, tensor in zip(found.tensors, tensors, strict=True)):
+            gone = next(filter(released.is_released, tensors), None)
+            if gone is not None:
                 raise ValueError(
-                    f"an MXFP8 weight of shape {list(weight.shape)} was released (release_quantized=True) and "
-                    f"cannot be dequantized again as {dtype}: compile every dtype before releasing, or keep it"
+                    f"an MXFP8 weight of shape {list(gone.shape)} was released (release_quantized=True) and cannot be "
+                    f"{form} again: compile every dtype and every way to merge it before releasing, or keep it"
                 )
-            found = _entries[key] = Entry(weight, scale, weight_view, scale_view, dtype)
-        if not found.is_current(weight, scale):
-            found.refresh(weight, scale)
+            found = _entries[key] = Entry(tensors, views, form)
+        if not found.is_current(tensors):
+            found.refresh(tensors)
         return found
 
 
 def release(weight: Tensor) -> None:
-    """Frees the packed bytes of ``weight``. Its entries now live as long as it does: nothing could make them
+    """Frees the quantized bytes of ``weight``. Its entries now live as long as it does: nothing could make them
     again.
     """
     with _lock:
-        entries = [found for key, found in list(_entries.items()) if key[0] == id(weight) and found.weight() is weight]
+        entries = [found for key, found in list(_entries.items()) if id(weight) in key[0] and _made_of(found, weight)]
         released.release(weight)
         for each in entries:
-            scale = each.scale()
-            each.released = True
-            each.seen = None if scale is None else (scale._version, scale.data_ptr())
+            tensors = [ref() for ref in each.tensors]
+            each.seen = None if None in tensors else _state(tensors)  # type: ignore[arg-type]
         weight.mxfp8_entries = entries  # type: ignore[attr-defined]
+        _begin_epoch()
+
+
+def _made_of(found: Entry, tensor: Tensor) -> bool:
+    return any(ref() is tensor for ref in found.tensors)
 
 
 def expire(tensors: Iterable[Tensor]) -> None:
-    """Makes every entry made from one of ``tensors`` dequantize again at its next use."""
+    """Makes every entry made from one of ``tensors`` again at its next use."""
     ids = {id(tensor) for tensor in tensors}
     with _lock:
-        for (weight, scale, _, _), found in list(_entries.items()):
-            if (weight in ids or scale in ids) and not found.released:
+        for (parts, _, _), found in list(_entries.items()):
+            alive = [tensor for ref in found.tensors if (tensor := ref()) is not None]
+            if ids.intersection(parts) and not any(map(released.is_released, alive)):
                 found.seen = None
+        _begin_epoch()

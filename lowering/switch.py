@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -38,28 +39,34 @@ class _Patch:
             return self.original(gm, inputs, *args, config_patches=config_patches, **kwargs)
 
         for each in compat.passes_in(patches.get(compat.POST_GRAD)):
-            if isinstance(each, passes.LowerPass) and each.dequant_at_load is not None:
-                options = Options(each.dequant_at_load, options.release_quantized)  # lowering.options(...) wins
+            if isinstance(each, passes.LowerPass):  # lowering.options(...) wins
+                said = {name: getattr(each, name) for name in ("dequant_at_load", "pack_at_load")}
+                options = replace(options, **{name: value for name, value in said.items() if value is not None})
         return backend.lower(model_, example_inputs_, options, patches, inductor)
 
 
-def enable(dequant_at_load: bool | None = None, release_quantized: bool = False) -> None:
+def enable(
+    dequant_at_load: bool | None = None,
+    release_quantized: bool = False,
+    pack_at_load: bool | None = None,
+    merge_linears: bool | None = None,
+) -> None:
     """Makes every ``torch.compile(m)`` of this process fold, keep and report as ``backend="mxfp8"`` does.
 
     Calling it again changes the options. Graphs compiled before are compiled again at their next call.
 
     Args:
         dequant_at_load: beats ``MXFP8_DEQUANT_AT_LOAD`` unless None.
-        release_quantized: see ``lowering.Options``.
+        release_quantized, pack_at_load, merge_linears: see ``lowering.Options``.
     """
     global _patch
-    options = Options(dequant_at_load, release_quantized)
+    options = Options(dequant_at_load, release_quantized, pack_at_load, merge_linears)
     module = compat.compile_fx_module()
     with _lock:
         if _patch is None:
             _patch = module.compile_fx = _Patch(module.compile_fx, options)
         _patch.options = options
-        settings.set_compile_options(dequant_at_load, release_quantized)
+        settings.set_compile_options(options)
 
 
 def disable() -> None:

@@ -105,6 +105,12 @@ for _name, _kernel in (("quantize", _quantize_cuda), ("dequant", _dequant_cuda),
     _library.impl(_name, _kernel, "CUDA")
 
 
+def reads_packed(device: torch.device) -> bool:
+    """Whether ``mxfp8::linear_packed`` computes from the packed weight on a device, which makes it worth packing."""
+    kernels = _gpu() if device.type == "cuda" else None
+    return kernels is not None and kernels.reads_packed(device)
+
+
 DEQUANTIZED = "dequantized in every call"
 
 

@@ -68,10 +68,10 @@ def check_packed(packed: Tensor, n: int, k: int) -> None:
         )
 
 
-def pack(weight: Tensor, scale: Tensor) -> Tensor:
-    """``weight [N, K]`` and ``scale [N, K/32]``, checked already, as one packed tensor."""
+def pack(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """``weight [N, K]`` and ``scale [N, K/32]``, checked already, as one packed tensor; in ``out`` if there is one."""
     n, k = weight.shape
-    packed = torch.empty(packed_shape(n, k), dtype=PACKED_DTYPE, device=weight.device)
+    packed = torch.empty(packed_shape(n, k), dtype=PACKED_DTYPE, device=weight.device) if out is None else out
     packed[-1] = 0
     exact = packed[-1, :2]
     for part, rows, columns, groups in _parts(packed, k):

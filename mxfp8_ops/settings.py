@@ -14,7 +14,7 @@ import os
 import torch
 
 from . import environment
-from .environment import AUTOTUNE, CACHE_DIR, DEQUANT_AT_LOAD, KERNELS, PASSES
+from .environment import AUTOTUNE, CACHE_DIR, DEQUANT_AT_LOAD, KERNELS, MERGE_LINEARS, PACK_AT_LOAD, PASSES
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -32,11 +32,41 @@ def dequant_at_load(override: bool | None = None) -> bool | None:
         ValueError: an environment variable is set to a word that is neither on nor off.
         TypeError: ``override`` is not a bool or None.
     """
+    return _flag("dequant_at_load", override, DEQUANT_AT_LOAD)
+
+
+def pack_at_load(override: bool | None = None) -> bool | None:
+    """Whether a compiler packs static weights for the kernels of GPUs: True, False, or None when unset, which is where
+    those kernels read packed weights. ``MXFP8_PACK_AT_LOAD``.
+
+    Args:
+        override: beats the environment unless None.
+
+    Raises:
+        ValueError: the variable is set to a word that is neither on nor off. TypeError: as above.
+    """
+    return _flag("pack_at_load", override, (PACK_AT_LOAD,))
+
+
+def merge_linears(override: bool | None = None) -> bool | None:
+    """Whether a compiler merges linears on the same x into one: True, False, or None when unset, which is on GPUs.
+    ``MXFP8_MERGE_LINEARS``.
+
+    Args:
+        override: beats the environment unless None.
+
+    Raises:
+        ValueError: the variable is set to a word that is neither on nor off. TypeError: as above.
+    """
+    return _flag("merge_linears", override, (MERGE_LINEARS,))
+
+
+def _flag(name: str, override: bool | None, variables: tuple[str, ...]) -> bool | None:
     if override is not None:
         if not isinstance(override, bool):
-            raise TypeError(f"dequant_at_load must be True, False or None, got {override!r}")
+            raise TypeError(f"{name} must be True, False or None, got {override!r}")
         return override
-    return next((value for value in map(_switch, DEQUANT_AT_LOAD) if value is not None), None)
+    return next((value for value in map(_switch, variables) if value is not None), None)
 
 
 def passes() -> bool:
@@ -88,7 +118,7 @@ def _surely_unset(name: str) -> bool:
     return data is not None and _ENCODED[name] not in data
 
 
-_ENCODED = {name: getattr(os.environ, "encodekey", str)(name) for name in (*DEQUANT_AT_LOAD, PASSES, KERNELS, AUTOTUNE)}
+_ENCODED = {name: getattr(os.environ, "encodekey", str)(name) for name in (*environment.VARIABLES, AUTOTUNE)}
 
 
 def guard_compiled_graph() -> None:

@@ -14,6 +14,7 @@ import torch
 from models import folding, layer, rows
 
 from lowering import Options, backend, report, store
+from lowering.forms import Dequantized
 from mxfp8_ops import dequant
 
 ON = {"dequant_at_load": True}
@@ -24,7 +25,7 @@ def identity(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make(packed: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> store.Entry:
-    return store.entry(packed.weight, packed.weight_scale, identity, identity, "", dtype)
+    return store.entry((packed.weight, packed.weight_scale), (identity, identity), "", Dequantized(dtype))
 
 
 def test_one_entry_for_a_weight_a_scale_and_a_dtype() -> None:
@@ -89,7 +90,7 @@ def test_expired_entry_is_made_again_in_place() -> None:
     address = entry.value.data_ptr()
     packed.weight.data.zero_()
     store.expire([packed.weight])
-    assert not entry.is_current(packed.weight, packed.weight_scale)
+    assert not entry.is_current((packed.weight, packed.weight_scale))
     assert make(packed) is entry
     assert entry.value.data_ptr() == address
     assert not entry.value.any()

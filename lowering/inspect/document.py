@@ -51,6 +51,7 @@ def _run(report: Report) -> dict[str, Any]:
                 "bytes_before": row.bytes_before,
                 "bytes_after": row.bytes_after,
                 "bytes_dequantized": row.bytes_dequantized,
+                "bytes_packed": row.bytes_packed,
                 "decoding": row.decoding,
             }
             for row in report.weights

@@ -1,0 +1,81 @@
+"""Several linears on the same x as one: q, k and v, gate and up.
+
+before: ``q = mxfp8.linear(x, q_weight, q_scale, None); k = mxfp8.linear(x, k_weight, k_scale, None)``
+after:  ``q, k = mxfp8.linear_packed(x, rows_of_both, n, None).split((q_n, k_n), -1)``
+
+Each reads so few bytes that a kernel for all of them takes hardly longer than for one. The results are views of one
+tensor, so they are not contiguous.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from . import compat
+from .graph import arguments, is_linear, is_view, returned_storages, storages, value_of, written_storages
+
+
+def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The calls of ``mxfp8::linear`` among ``nodes`` that one call can replace, as many as there are for each x."""
+    by_x: dict[tuple[Any, ...], list[fx.Node]] = {}
+    if not nodes:
+        return
+    written, returned = written_storages(nodes[0].graph), returned_storages(nodes[0].graph)
+    for node in filter(is_linear, nodes):
+        x, _, _, bias = arguments(node, "x", "weight", "scale", "bias")
+        result = value_of(node)
+        if bias is not None or not isinstance(result, Tensor):
+            continue
+        if storages(x) & written or storages(node) & (written | returned) or not _may_be_a_slice(node):
+            continue
+        by_x.setdefault((x, result.dtype, result.shape[:-1]), []).append(node)
+    yield from (group for group in by_x.values() if len(group) > 1)
+
+
+def _may_be_a_slice(node: fx.Node) -> bool:
+    """Whether the views that are taken of a result can be taken of a slice of a larger one, too."""
+    result = value_of(node)
+    *leading, n = result.shape
+    with compat.without_guards(result):
+        return _views_work(node, result.new_empty((*leading, n + 1))[..., :n])
+
+
+def _views_work(node: fx.Node, value: Tensor) -> bool:
+    for user in node.users:
+        if not is_view(user) or user.op != "call_method":
+            continue
+        first, *others = fx.map_arg((user.args, user.kwargs), value_of)[0]
+        if user.args[0] is not node or first is None:
+            return False
+        try:
+            view = getattr(value, str(user.target))(*others, **fx.map_arg(user.kwargs, value_of))
+        except RuntimeError:  # such as view's, which needs neighbours in memory
+            return False
+        if not isinstance(view, Tensor) or not _views_work(user, view):
+            return False
+    return True
+
+
+def replace(group: Sequence[fx.Node], value: fx.Node, call: Any, more: tuple[Any, ...]) -> None:
+    """Puts one call, ``call(x, value, *more, None)`` on a value that has the rows of all weights, in the place of the
+    first, and its parts in the place of each.
+    """
+    first, graph = group[0], group[0].graph
+    x = arguments(first, "x")[0]
+    results = [value_of(node) for node in group]
+    sizes = [result.shape[-1] for result in results]
+    with graph.inserting_before(first):
+        whole = graph.call_function(call, (x, value, *more, None))
+        parts = graph.call_method("split", (whole, sizes, -1))
+        each = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(group))]
+    example = results[0].new_empty((*results[0].shape[:-1], sum(sizes)))
+    for node, part, slice_ in zip(group, each, example.split(sizes, -1), strict=True):
+        part.meta = node.meta | {"example_value": slice_}
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+    whole.meta = first.meta | {"example_value": example}
+    parts.meta = first.meta | {"example_value": example.split(sizes, -1)}
