@@ -2,7 +2,7 @@
 
 Three ways in: ``torch.compile(m, backend="mxfp8")``, ``torch.compile(m, options=lowering.options())``, and
 ``lowering.enable()`` for every plain ``torch.compile(m)`` of the process. ``lowering.explain(m, *inputs)`` and
-``lowering.capture()`` say what it did.
+``lowering.capture()`` say what it did. ``lowering.aoti_package(m, inputs, path)`` compiles ahead of time.
 """
 
 from __future__ import annotations
@@ -12,11 +12,23 @@ from typing import Any
 from torch import nn
 
 from . import compat, frozen, passes, report, store
+from .aoti import aoti_package
 from .backend import Options
 from .inspect import Report, capture, explain
 from .switch import disable, enable
 
-__all__ = ["Options", "Report", "capture", "disable", "enable", "explain", "options", "refresh", "report"]
+__all__ = [
+    "Options",
+    "Report",
+    "aoti_package",
+    "capture",
+    "disable",
+    "enable",
+    "explain",
+    "options",
+    "refresh",
+    "report",
+]
 
 
 def options(dequant_at_load: bool | None = None, pack_at_load: bool | None = None, **inductor: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,29 @@ def inductor(mode: str | None, options: dict[str, Any]) -> tuple[dict[str, Any],
         return wrapper(gm, inputs)
 
     return wrapper.config, compile_graph
+
+
+FREEZING = "freezing"
+FOLD_WHEN_LOADED = "aot_inductor.use_runtime_constant_folding"
+
+
+def compile_and_package(program: torch.export.ExportedProgram, path: Path, options: dict[str, Any]) -> None:
+    """AOTInductor: compiles an exported program into the package ``path``. Alike in torch 2.11 and 2.13.
+
+    With the option ``FOLD_WHEN_LOADED`` what depends on constants alone is computed by the first call after loading.
+    AOTInductor writes into the dict of the setting ``metadata``: it gets one of its own.
+    """
+    name = "aot_inductor.metadata"
+    metadata = options.get(name, torch._inductor.config.aot_inductor.metadata)
+    configs = {**options, name: dict(metadata)}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+def packages_e4m3_on_cpu() -> bool:
+    """Whether AOTInductor can compile code for the CPU that reads float8: torch 2.11 does not declare the type in the
+    C++ that it writes, 2.13 does. (2.12 was not tried.)
+    """
+    return torch.__version__ >= "2.12"
 
 
 def compile_fx_module() -> Any:

@@ -30,7 +30,7 @@ def _dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 _library.impl("dequant_loop", _dequant, "CompositeExplicitAutograd")
 torch.library.register_fake("mxfp8::dequant_loop", _dequant, lib=_library)
-_dequant_loop = torch.ops.mxfp8.dequant_loop.default
+dequant_loop = torch.ops.mxfp8.dequant_loop.default
 
 
 def lower_dequant(graph: fx.Graph) -> int:
@@ -38,13 +38,13 @@ def lower_dequant(graph: fx.Graph) -> int:
     which Inductor generates code for; returns how many.
     """
     nodes = graph.find_nodes(op="call_function", target=ops.dequant)
-    nodes = [node for node in nodes if _converts_e4m3(node.meta["val"].device)]
+    nodes = [node for node in nodes if converts_e4m3(node.meta["val"].device)]
     for node in nodes:
-        node.target = _dequant_loop
+        node.target = dequant_loop
     return len(nodes)
 
 
-def _converts_e4m3(device: torch.device) -> bool:
+def converts_e4m3(device: torch.device) -> bool:
     """Whether the code that Inductor generates for a device can read elements: on GPUs Triton must know their type,
     which versions of it do not on Ampere, and emulate on ROCm.
     """
@@ -52,7 +52,7 @@ def _converts_e4m3(device: torch.device) -> bool:
     return kernels is None or kernels.converts_e4m3(device)
 
 
-@register_lowering(_dequant_loop, type_promotion_kind=None)
+@register_lowering(dequant_loop, type_promotion_kind=None)
 def _lower_dequant_loop(weight: Any, scale: Any, dtype: torch.dtype) -> ir.TensorBox:
     load_weight, load_scale = weight.make_loader(), scale.make_loader()
 

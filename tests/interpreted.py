@@ -13,7 +13,7 @@ import torch
 from helpers import all_codes, assert_same, exact_linear_inputs, expected_from_float64
 
 from mxfp8_ops import reference
-from mxfp8_ops.gpu import elementwise, gemv
+from mxfp8_ops.gpu import elementwise, gemv, portable
 
 SHAPES = ((1, 32), (7, 96), (33, 288), (5, 1056), (4, 2048))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,5 +64,22 @@ def special() -> None:
             assert_same(actual, expected[start : start + 4])
 
 
+def packaged() -> None:
+    """Without bfloat16, which the interpreter cannot multiply as matrices."""
+    portable.wrap_triton = lambda kernel: kernel  # that of torch 2.11 takes no interpreted kernels
+    for m, n, k in ((3, 7, 96), (9, 1, 32), (17, 70, 160), (70, 33, 288)):
+        for dtype in (torch.float32, torch.float16):
+            x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
+            offset = bias if m % 2 else None
+            actual = portable.linear(x, weight, scale, offset, False)
+            assert_same(actual, reference.linear(x, weight, scale, offset))
+    weight, scale = all_codes()
+    eye = torch.eye(256)
+    for rows in (slice(0, 3), slice(127, 129), slice(245, 256)):
+        actual = portable.linear(eye[:20], weight[rows], scale[rows], None, False)
+        assert_same(actual, reference.linear(eye[:20], weight[rows], scale[rows]))
+
+
 if __name__ == "__main__":
-    {"dequant": dequant, "quantize": quantize, "linear": linear, "special": special}[sys.argv[1]]()
+    programs = {"dequant": dequant, "quantize": quantize, "linear": linear, "special": special, "packaged": packaged}
+    programs[sys.argv[1]]()

@@ -20,7 +20,7 @@ from .codes import element_to_float32, scale_to_float32
 from .launch import launch
 
 MAX_ROWS = 8
-_ROWS_A_PROGRAM = 4
+ROWS_A_PROGRAM = 4
 
 EXACT_SCALES = {torch.bfloat16: (3, 246), torch.float16: (112, 134), torch.float32: (1, 246)}
 """Scale bytes under which every finite element is exact in a dtype, and has a normal power of two."""
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, native
     codes = weight.contiguous()
     lowest, highest = EXACT_SCALES[x.dtype]
     outputs, elements, warps = configuration(k, m)
-    together = min(triton.next_power_of_2(m), _ROWS_A_PROGRAM)
+    together = min(triton.next_power_of_2(m), ROWS_A_PROGRAM)
     constants = (together, bias is not None, native, lowest, highest, outputs, elements, min(elements, 256))
     launch(
         _kernel,
