@@ -248,6 +248,14 @@ def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     return context.fake_mode.from_tensor(tensor, static_shapes=True)
 
 
+def have_addresses(tensors: Sequence[torch.Tensor], addresses: list[int]) -> bool:
+    """Whether tensors lie where they did: in one call of what CUDA graphs use, which torch's builds for CPUs lack."""
+    check = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if check is not None:
+        return bool(check(list(tensors), addresses, list(range(len(addresses)))))
+    return list(map(torch.Tensor.data_ptr, tensors)) == addresses
+
+
 # --- what there is to look at ----------------------------------------------------------------------------
 
 

@@ -236,7 +236,8 @@ def test_explain_names_the_kernels_of_the_device(flag: bool) -> None:
     if flag:
         assert kernels["folded"].startswith("extern_kernels.")
     else:
-        assert kernels["kept"] == f"mxfp8.linear ({ops.kernel_name('linear', torch.device('cuda'))})"
+        name = "linear_packed" if ops.reads_packed(torch.device("cuda", 0)) else "linear"
+        assert kernels["kept"] == f"mxfp8.{name} ({ops.kernel_name(name, torch.device('cuda'))})"
         assert re.fullmatch(r"triton_poi_fused_dequant_\d+ \+ extern_kernels\.mm", kernels["unmatched"])
 
 

@@ -248,6 +248,7 @@ def _staged(
         total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
         free = (turn - first + STAGES - 1) % STAGES
         _copy(words, pairs, word_stages.index(free), pair_stages.index(free), turn + STAGES - 1, last)
+    async_copy.wait_group(0)  # copies of turns that there are not write zeros: not into what is stored here next
     return total
 
 

@@ -21,6 +21,14 @@ METHOD = (
     "every result is compared with the reference.",
 )
 
+RACES = (
+    "racecheck follows neither an mbarrier at which one thread arrives for its four warps after a barrier among them,",
+    "nor the way in which Triton hands values to specialised warps (lines of `kernel` and of `warp_specialize`). The",
+    "first is how consumers of `skinny` add up their sums: store, barrier, arrive; wait, load. Pairs of lines that are",
+    "neither are races.",
+)
+"""How to read its report."""
+
 _DONE = re.compile(r"^sanitize: (\d+) cases are right$", re.MULTILINE)
 _SUMMARY = re.compile(
     r"^=+ (ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed[^\n]*)[ \r]*$", re.MULTILINE
@@ -88,5 +96,6 @@ def page(found: Sequence[Finding], device: str, versions: str) -> str:
     lines += render.table(names, (each.cells() for each in found))
     for each in found:
         if each.report:
-            lines += ["", f"## {each.tool}", "", "```", *each.report, "```"]
+            note = [*RACES, ""] if each.tool == "racecheck" else []
+            lines += ["", f"## {each.tool}", "", *note, "```", *each.report, "```"]
     return "\n".join(lines) + "\n"
