@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from . import compat
@@ -21,7 +22,7 @@ from .graph import arguments, is_linear, is_view, returned_storages, storages, v
 
 def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     """The calls of ``mxfp8::linear`` among ``nodes`` that one call can replace, as many as there are for each x."""
-    by_x: dict[tuple[Any, ...], list[fx.Node]] = {}
+    by_x: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
     if not nodes:
         return
     written, returned = written_storages(nodes[0].graph), returned_storages(nodes[0].graph)
@@ -32,7 +33,7 @@ def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
             continue
         if storages(x) & written or storages(node) & (written | returned) or not _may_be_a_slice(node):
             continue
-        by_x.setdefault((x, result.dtype, result.shape[:-1]), []).append(node)
+        by_x.setdefault((x, result.dtype), []).append(node)
     yield from (group for group in by_x.values() if len(group) > 1)
 
 
@@ -53,7 +54,7 @@ def _views_work(node: fx.Node, value: Tensor) -> bool:
             return False
         try:
             view = getattr(value, str(user.target))(*others, **fx.map_arg(user.kwargs, value_of))
-        except RuntimeError:  # such as view's, which needs neighbours in memory
+        except (RuntimeError, ValueError):  # such as view's, which needs neighbours in memory
             return False
         if not isinstance(view, Tensor) or not _views_work(user, view):
             return False

@@ -107,7 +107,7 @@ class WeightReport:
             self.action = FOLDED
             self.bytes_dequantized += nbytes
         else:
-            self.reason = f"{how}at load{merged}"
+            self.reason = f"{self.reason}{merged or ', and alone'}" if self.bytes_packed else f"{how}at load{merged}"
             self.bytes_packed += nbytes
 
     def _packed(self) -> Tensor | None:

@@ -24,8 +24,11 @@ PATHS: dict[str, tuple[Compile, bool]] = {
     "freezing, backend, on": (lambda m: torch.compile(m, backend="mxfp8", fullgraph=True, options=ON), True),
     "freezing, options, on": (lambda m: torch.compile(m, fullgraph=True, options=lowering.options(True)), True),
     "freezing, options, off": (lambda m: torch.compile(m, fullgraph=True, options=lowering.options(False)), True),
+    "backend, packed": (lambda m: torch.compile(m, backend="mxfp8", fullgraph=True, options=PACKED), False),
+    "freezing, packed": (lambda m: torch.compile(m, fullgraph=True, options=lowering.options(False, True)), True),
 }
 ON = {"dequant_at_load": True}
+PACKED = {"dequant_at_load": False, "pack_at_load": True}
 
 
 @pytest.fixture(params=PATHS)

@@ -22,6 +22,8 @@ from mxfp8_ops import Mxfp8Linear
 
 ROOT = Path(__file__).parents[1]
 ON = {"dequant_at_load": True}
+PACKED = {"dequant_at_load": False, "pack_at_load": True}
+FORMS = pytest.mark.parametrize("options", [ON, PACKED], ids=["dequantized", "packed"])
 
 
 def replace_weight(model: Mxfp8Linear) -> None:
@@ -70,10 +72,11 @@ CHANGES = [
 ]
 
 
+@FORMS
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_folded_graph_sees(change: Callable[[Mxfp8Linear], None]) -> None:
+def test_graph_with_weights_made_at_load_sees(change: Callable[[Mxfp8Linear], None], options: dict[str, bool]) -> None:
     model, x = layer(), rows()
-    compiled = torch.compile(model, backend=folding(**ON), fullgraph=True)
+    compiled = torch.compile(model, backend=folding(**options), fullgraph=True)
     before = compiled(x)
     assert_same(before, model(x))
     change(model)
@@ -84,21 +87,25 @@ def test_folded_graph_sees(change: Callable[[Mxfp8Linear], None]) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("way", ["backend", "enable"])
-def test_frozen_graph_sees(change: Callable[[Mxfp8Linear], None], way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "options"), [("backend", ON), ("enable", ON), ("backend", PACKED)], ids=["backend", "enable", "packed"]
+)
+def test_frozen_graph_sees(change: Callable[[Mxfp8Linear], None], way: str, options: dict[str, bool]) -> None:
     model, x = layer(), rows()
     if way == "enable":
-        lowering.enable(**ON)
-    options = {"backend": "mxfp8", "options": ON} if way == "backend" else {}
+        lowering.enable(**options)
+    arguments = {"backend": "mxfp8", "options": options} if way == "backend" else {}
     with torch.no_grad(), torch._inductor.config.patch(freezing=True), report.collect() as graphs:
-        compiled = torch.compile(model, fullgraph=True, **options)
+        compiled = torch.compile(model, fullgraph=True, **arguments)
         before = compiled(x)
         change(model)
         for _ in range(2):
             after = compiled(x)
             assert_same(after, model(x))
     assert not torch.equal(before, after)
-    assert [each.weights[0].action for each in graphs] == ["folded", "folded"]  # compiled again, and folded again
+    made = [each.weights[0].bytes_dequantized or each.weights[0].bytes_packed for each in graphs]
+    assert len(made) == 2  # compiled again, and made again
+    assert all(made)
 
 
 def test_weight_changed_between_two_graphs_of_one_call_is_seen() -> None:
@@ -119,9 +126,10 @@ def test_weight_changed_between_two_graphs_of_one_call_is_seen() -> None:
         assert_same(first, model(x))
 
 
-def test_change_without_a_trace_is_seen_after_refresh() -> None:
+@FORMS
+def test_change_without_a_trace_is_seen_after_refresh(options: dict[str, bool]) -> None:
     model, x = layer(), rows()
-    compiled = torch.compile(model, backend=folding(**ON), fullgraph=True)
+    compiled = torch.compile(model, backend=folding(**options), fullgraph=True)
     before = compiled(x)
     model.weight.data.copy_(layer(seed=9).weight)
     assert_same(compiled(x), before)  # the limit that the README states
