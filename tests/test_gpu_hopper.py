@@ -615,7 +615,7 @@ def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
 def test_direct_decodes_every_element(simulated: SimpleNamespace, dtype: torch.dtype, special: bool) -> None:
     """Under scales where something changes, and some in between. Of four warps two have nothing to do."""
     smallest = 0 if dtype == torch.bfloat16 else 95
-    scales = (0, 1, 2, 3, 94, 127, 135, 246, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
+    scales = (0, 1, 2, 135, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
     weight, scale = one_code_a_row(scales, 160, nan=special)
     packed = packing.pack(weight, scale)
     assert bool(packed[-1, DTYPES.index(dtype)]) == special

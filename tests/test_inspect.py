@@ -196,8 +196,9 @@ def test_explain_leaves_nothing_behind() -> None:
 def test_explain_does_not_use_up_the_recompile_limit() -> None:
     model = Chain()
     expected = model(rows())
-    for _ in range(torch._dynamo.config.recompile_limit + 2):
-        assert len(lowering.explain(model, rows(), dequant_at_load=True).weights) == 2
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            assert len(lowering.explain(model, rows(), dequant_at_load=True).weights) == 2
     with lowering.capture() as report:
         assert_same(torch.compile(model, backend="mxfp8", fullgraph=True)(rows()), expected)
     assert len(report.graphs) == 1

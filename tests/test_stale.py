@@ -202,10 +202,8 @@ def test_processes_that_share_a_cache_share_nothing_else(tmp_path: Path) -> None
     assert run_program(tmp_path, "0") == off
     assert run_program(tmp_path, "1") == on
     # A cached graph is not generated again, and belongs to its own flag.
-    assert run_program(tmp_path, "0").startswith("{'kept'}")
-    assert run_program(tmp_path, "0").endswith(" 0")
-    assert run_program(tmp_path, "1").startswith("{'folded'}")
-    assert run_program(tmp_path, "1").endswith(" 0")
+    assert run_program(tmp_path, "0") == "{'kept'} 0"
+    assert run_program(tmp_path, "1") == "{'folded'} 0"
 
 
 def test_changed_source_of_the_package_misses_the_cache(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class Run:
     With a path, every record is stored as soon as it is there, so that a killed run loses nothing.
     """
 
-    def __init__(self, environment: Record, options: Options, path: Path | None = None) -> None:
+    def __init__(self, environment: Record, options: Any, path: Path | None = None) -> None:
+        """``options`` is a dataclass whose ``sections`` are names."""
         self.path = path
         self.data: Record = {
             "format": FORMAT,
