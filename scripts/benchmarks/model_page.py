@@ -95,8 +95,8 @@ def _model_cells(record: Record) -> Iterator[str]:
 
 def _trace_page(records: Sequence[Record], options: Record) -> Iterator[str]:
     yield "One decode step in torch's profiler, after warm-up, with the smallest batch. Gaps are the time in which"
-    yield "nothing runs. Large copies are memcpy of more than 1 MB, and kernels of as many threads whose name has copy or"
-    yield "clone in it: of weights, or of a static KV cache, of which every layer has two."
+    yield "nothing runs. Large copies are memcpy of more than 1 MB, and kernels of as many threads whose name has copy"
+    yield "or clone in it: of weights, or of a static KV cache, of which every layer has two."
     for record in records:
         yield from ("", f"### {record['variant']}", "")
         yield f"{record['kernels']} kernels, {record['us']:.0f} us in all, {record['span']:.0f} us from first to last,"
