@@ -60,23 +60,23 @@ class Account:
         request: Request,
         value: Tensor,
         dtypes: Sequence[torch.dtype],
-        weights: Sequence[int],
-        scales: Sequence[int],
+        sizes: Sequence[int],
         held: Sequence[int],
     ) -> None:
         """Notes a value made of some weights.
 
         Args:
             dtypes: of x where it is used.
-            weights, scales: bytes of each in quantized form. held: bytes of each weight that are still held.
+            sizes: bytes of each weight and scale. held: those of them that are still held.
         """
         shapes = [_shape(pair.weight(value_of(pair.weight.leaf))) for pair in request.pairs]
         names = [view_name(pair.weight) for pair in request.pairs]
         for i, (pair, shape, name) in enumerate(zip(request.pairs, shapes, names, strict=True)):
-            row = self.rows.get(name) or self._row(pair, shape, weights[i] + scales[i], value.device)
+            before, after = (sum(each[2 * i : 2 * i + 2]) for each in (sizes, held))
+            row = self.rows.get(name) or self._row(pair, shape, before, value.device)
             share = value.nbytes * shape[0] // sum(each[0] for each in shapes) if len(shapes) > 1 else value.nbytes
             row.add_made(request.form, share, [each for each in names if each != name])
-            row.bytes_after -= weights[i] - held[i]
+            row.bytes_after -= before - after
             if isinstance(request.form, Packed):
                 row.packed = weakref.ref(value)
                 row.decoding |= dict.fromkeys(map(dtype_name, dtypes), PENDING)

@@ -298,25 +298,31 @@ class Hoist:
         return [i for i in range(len(self.example_inputs)) if i not in dropped]
 
     def _make_values(self, kept_inputs: list[int]) -> list[Tensor]:
-        """Makes slot by slot; a quantized weight is released before the next value is made."""
+        """Makes slot by slot; quantized weights and their scales are released before the next value is made."""
         values, appended = [], list(self.top.added.values())
         last_use = {i: position for position, slot in enumerate(self.slots) for i in slot.indices}
         for position, slot in enumerate(self.slots):
-            weights = [self.example_inputs[i] for i in slot.indices[::2]]
-            sizes = [released.nbytes(self.example_inputs[i]) for i in slot.indices]
+            sources = [self.example_inputs[i] for i in slot.indices]
+            sizes = [released.nbytes(source) for source in sources]
             with self.report.timed("dequantize"):
                 entry = slot.fetch(self.example_inputs)
                 assert entry.value is not None
                 values.append(entry.value)
                 appended[position].meta["example_value"] = compat.static_fake(entry.value)
-            for i, weight in zip(slot.indices[::2], weights, strict=True):
-                still_needed = i in kept_inputs or last_use[i] > position
-                if self.wanted.release and not still_needed and not released.is_released(weight):
-                    store.release(weight)
-            held = [released.nbytes(weight) for weight in weights]
-            dtypes = self.dtypes[slot.request.key]
-            self.account.made(slot.request, entry.value, dtypes, sizes[::2], sizes[1::2], held)
+            for pair in zip(slot.indices[::2], slot.indices[1::2], strict=True) if self.wanted.release else ():
+                self._release(pair, [i in kept_inputs or last_use[i] > position for i in pair])
+            held = [released.nbytes(source) for source in sources]
+            self.account.made(slot.request, entry.value, self.dtypes[slot.request.key], sizes, held)
         return values
+
+    def _release(self, pair: Sequence[int], needed: Sequence[bool]) -> None:
+        """Frees a weight that nothing needs any more, and its scale."""
+        for i, still_needed in zip(pair, needed, strict=True):
+            source = self.example_inputs[i]
+            if still_needed:
+                return
+            if not released.is_released(source):
+                store.release(source)
 
     # --- what is not folded -----------------------------------------------------------------------------
 

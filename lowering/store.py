@@ -121,17 +121,17 @@ def entry(tensors: tuple[Tensor, ...], views: tuple[View, ...], text: str, form:
         return found
 
 
-def release(weight: Tensor) -> None:
-    """Frees the quantized bytes of ``weight``. Its entries now live as long as it does: nothing could make them
+def release(source: Tensor) -> None:
+    """Frees the bytes of a weight or a scale. Its entries now live as long as it does: nothing could make them
     again.
     """
     with _lock:
-        entries = [found for key, found in list(_entries.items()) if id(weight) in key[0] and _made_of(found, weight)]
-        released.release(weight)
+        entries = [found for key, found in list(_entries.items()) if id(source) in key[0] and _made_of(found, source)]
+        released.release(source)
         for each in entries:
             tensors = [ref() for ref in each.tensors]
             each.seen = None if None in tensors else _state(tensors)  # type: ignore[arg-type]
-        weight.mxfp8_entries = entries  # type: ignore[attr-defined]
+        source.mxfp8_entries = entries  # type: ignore[attr-defined]
         _begin_epoch()
 
 

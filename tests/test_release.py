@@ -49,8 +49,9 @@ def test_packed_bytes_are_freed_and_counted() -> None:
     (weight,) = graphs[0].weights
     with torch._C.DisableTorchFunctionSubclass():
         assert model.weight.untyped_storage().nbytes() == 0
-    assert weight.bytes_before == packed + model.weight_scale.nbytes
-    assert weight.bytes_after == 2 * packed + model.weight_scale.nbytes
+        assert model.weight_scale.untyped_storage().nbytes() == 0
+    assert weight.bytes_before == packed + packed // 32
+    assert weight.bytes_after == 2 * packed
 
 
 def test_metadata_of_a_released_weight_can_be_read() -> None:
@@ -97,7 +98,7 @@ def test_eager_use_of_a_released_weight_is_a_clear_error(use: Callable[[nn.Modul
 
 def test_plain_tensors_are_released_too() -> None:
     packed = layer()
-    weight, scale, expected = packed.weight.detach(), packed.weight_scale, packed(rows())
+    weight, scale, expected = packed.weight.detach(), packed.weight_scale.detach(), packed(rows())
 
     def model(x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mxfp8.linear(x, weight, scale, packed.bias)
@@ -149,7 +150,23 @@ def test_graph_with_the_flag_off_says_that_the_weight_is_gone() -> None:
 
 def test_changed_scale_of_a_released_weight_is_a_clear_error() -> None:
     packed = layer()
+    changed = packed.weight_scale + 1
     compiled = release(packed)
+    packed.weight_scale = changed
+    with pytest.raises(Exception, match=r"was released .* cannot be dequantized to bfloat16 again"):
+        compiled(rows())
+
+
+def test_scale_that_another_weight_needs_is_not_released_and_its_change_is_a_clear_error() -> None:
+    packed, other = layer(bias=False), layer(bias=False, seed=9)
+    other.weight_scale = packed.weight_scale
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return packed(x) + other(x) + other.weight.float().sum().to(x.dtype) + other.weight_scale.sum().to(x.dtype)
+
+    compiled = release(model)
+    assert released.is_released(packed.weight)
+    assert not released.is_released(packed.weight_scale)
     packed.weight_scale.add_(1)
     with pytest.raises(ValueError, match="the scale of a released MXFP8 weight was changed"):
         compiled(rows())

@@ -82,9 +82,8 @@ def test_a_release_by_one_graph_leaves_the_other_working() -> None:
         assert_same(other(x), expected)
         for _ in range(2):
             assert_same(one(x), expected)
-        model[0].weight_scale.add_(1)
-        with pytest.raises(ValueError, match="the scale of a released MXFP8 weight was changed"):
-            one(x)
+        with pytest.raises(ValueError, match="was released"):
+            model[0].weight_scale.add_(1)
 
 
 def test_threads_that_call_while_another_changes_a_weight_see_one_of_its_states() -> None:
