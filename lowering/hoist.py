@@ -13,6 +13,7 @@ form, and a weight that changes is seen at the next call.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,8 +218,14 @@ class Hoist:
                 merge.replace(group, self._supply(level, request, use.dtype), *form.linear(n))
 
     def _merged(self, made: dict[fx.Node, tuple[Use, Pair, Form]]) -> dict[fx.Node, list[fx.Node]]:
-        """The calls that become one, by each of them."""
-        nodes = [node for node, (use, _, _) in made.items() if self.wanted.merges(self._value(use.weight).device)]
+        """The calls that become one, by each of them. A weight that is used twice on one x keeps a value to itself."""
+        calls = {
+            node: (arguments(node, "x")[0], Request((pair,), form).key)
+            for node, (use, pair, form) in made.items()
+            if is_linear(node) and self.wanted.merges(self._value(use.weight).device)
+        }
+        often = Counter(calls.values())
+        nodes = [node for node, call in calls.items() if often[call] == 1]
         return {node: group for group in merge.groups(nodes) for node in group}
 
     # --- may it be folded? ------------------------------------------------------------------------------
@@ -274,12 +281,20 @@ class Hoist:
             node = compat.add_static_input(level.last_input(), len(level.added), request.label, value)
             level.added[request.key] = node
             level.supplied.append(request)
-            for site in level.sites:
-                lifted = [site.lift(level, pair) for pair in request.pairs]
-                assert all(lifted)  # _why_not_supplied looked at every site
-                outer = Request(tuple(filter(None, lifted)), request.form)
+            for site, outer in self._outer(level, request):
                 site.node.args = (*site.node.args, self._supply(site.caller, outer, dtype))
+        elif level is not self.top:
+            for site, outer in self._outer(level, request):
+                self._supply(site.caller, outer, dtype)  # is there, but not yet for this dtype
         return level.added[request.key]
+
+    @staticmethod
+    def _outer(level: Level, request: Request) -> Iterator[tuple[Site, Request]]:
+        """A request of a sub-graph in terms of each of its callers."""
+        for site in level.sites:
+            lifted = [site.lift(level, pair) for pair in request.pairs]
+            assert all(lifted)  # _why_not_supplied looked at every site
+            yield site, Request(tuple(filter(None, lifted)), request.form)
 
     @staticmethod
     def _rows_of_all(request: Request) -> Tensor:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from . import compat
-from .graph import arguments, is_linear, is_view, returned_storages, storages, value_of, written_storages
+from .graph import arguments, called, is_linear, returned_storages, storages, value_of, written_storages
 
 
 def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     """The calls of ``mxfp8::linear`` among ``nodes`` that one call can replace, as many as there are for each x."""
-    by_x: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
+    by_x: dict[tuple[Any, ...], list[fx.Node]] = {}
     if not nodes:
         return
-    written, returned = written_storages(nodes[0].graph), returned_storages(nodes[0].graph)
+    graph = nodes[0].graph
+    written, returned, stretches = written_storages(graph), returned_storages(graph), _stretches(graph)
     for node in filter(is_linear, nodes):
         x, _, _, bias = arguments(node, "x", "weight", "scale", "bias")
         result = value_of(node)
@@ -33,8 +34,17 @@ def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
             continue
         if storages(x) & written or storages(node) & (written | returned) or not _may_be_a_slice(node):
             continue
-        by_x.setdefault((x, result.dtype), []).append(node)
+        by_x.setdefault((x, result.dtype, stretches[node]), []).append(node)
     yield from (group for group in by_x.values() if len(group) > 1)
+
+
+def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Numbers the nodes anew after every call with an effect, such as that of ``no_grad`` and ``autocast``."""
+    found, number = {}, 0
+    for node in graph.nodes:
+        number += node.is_impure()
+        found[node] = number
+    return found
 
 
 def _may_be_a_slice(node: fx.Node) -> bool:
@@ -45,18 +55,22 @@ def _may_be_a_slice(node: fx.Node) -> bool:
         return _views_work(node, result.new_empty((*leading, n + 1))[..., :n])
 
 
-def _views_work(node: fx.Node, value: Tensor) -> bool:
+def _views_work(node: fx.Node, value: Any) -> bool:
+    own = storages(node)
     for user in node.users:
-        if not is_view(user) or user.op != "call_method":
+        if isinstance(user.target, torch._ops.HigherOrderOperator):  # whose sub-graph may take any view
+            return False
+        if not own & storages(user):
             continue
-        first, *others = fx.map_arg((user.args, user.kwargs), value_of)[0]
-        if user.args[0] is not node or first is None:
+        if called(user) == "as_strided" or user.op not in ("call_method", "call_function"):
             return False
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda each: value if each is node else value_of(each))
+        function = user.target if callable(user.target) else getattr(type(args[0]), str(user.target))
         try:
-            view = getattr(value, str(user.target))(*others, **fx.map_arg(user.kwargs, value_of))
-        except (RuntimeError, ValueError):  # such as view's, which needs neighbours in memory
+            view = function(*args, **kwargs)
+        except (RuntimeError, ValueError):  # such as those of view, which needs neighbours in memory
             return False
-        if not isinstance(view, Tensor) or not _views_work(user, view):
+        if not _views_work(user, view):
             return False
     return True
 

@@ -68,8 +68,9 @@ class Entry:
             if self.is_current(tensors):
                 return
             if any(map(released.is_released, tensors)):
+                what = "the scale of" if len(tensors) == 2 else "a weight or scale merged with those of"
                 raise ValueError(
-                    "the scale of a released MXFP8 weight was changed: release_quantized=True freed the bytes "
+                    f"{what} a released MXFP8 weight was changed: release_quantized=True freed the bytes "
                     "that would be needed; load the model again, or compile it without release_quantized"
                 )
             # Outside of inference mode: its tensors could neither be saved for backward nor updated later.
@@ -130,7 +131,8 @@ def release(source: Tensor) -> None:
         released.release(source)
         for each in entries:
             tensors = [ref() for ref in each.tensors]
-            each.seen = None if None in tensors else _state(tensors)  # type: ignore[arg-type]
+            alive = [tensor for tensor in tensors if tensor is not None]
+            each.seen = _state(alive) if len(alive) == len(tensors) else None
         source.mxfp8_entries = entries  # type: ignore[attr-defined]
         _begin_epoch()
 

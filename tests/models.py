@@ -9,7 +9,7 @@ import torch
 from helpers import exact_linear_inputs
 from torch import Tensor, fx, nn
 
-from lowering import Options, backend
+from lowering import Options, backend, store
 from mxfp8_ops import Mxfp8Linear
 
 Compiled = Callable[..., Any]
@@ -53,3 +53,9 @@ def folding(**options: Any) -> Compiled:
         return backend.lower(gm, inputs, Options(**options), {}, inductor)
 
     return compile_graph
+
+
+def entries_of(model: nn.Module) -> list[store.Entry]:
+    """What the store has made of a model's weights and is still in use."""
+    tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return [entry for key, entry in list(store._entries.items()) if tensors.intersection(key[0])]
