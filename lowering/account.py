@@ -74,7 +74,7 @@ class Account:
         for i, (pair, shape, name) in enumerate(zip(request.pairs, shapes, names, strict=True)):
             before, after = (sum(each[2 * i : 2 * i + 2]) for each in (sizes, held))
             row = self.rows.get(name) or self._row(pair, shape, before, value.device)
-            share = value.nbytes * shape[0] // sum(each[0] for each in shapes) if len(shapes) > 1 else value.nbytes
+            share = value.nbytes * shape[0] // sum(each[0] for each in shapes)
             row.add_made(request.form, share, [each for each in names if each != name])
             row.bytes_after -= before - after
             if isinstance(request.form, Packed):

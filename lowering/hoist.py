@@ -91,7 +91,6 @@ class Level:
     gm: fx.GraphModule
     sites: list[Site] = field(default_factory=list)
     added: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
-    supplied: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.written = written_storages(self.gm.graph)
@@ -280,7 +279,6 @@ class Hoist:
                 value = request.form.empty(self._rows_of_all(request))
             node = compat.add_static_input(level.last_input(), len(level.added), request.label, value)
             level.added[request.key] = node
-            level.supplied.append(request)
             for site, outer in self._outer(level, request):
                 site.node.args = (*site.node.args, self._supply(site.caller, outer, dtype))
         elif level is not self.top:
@@ -317,7 +315,7 @@ class Hoist:
         values, appended = [], list(self.top.added.values())
         last_use = {i: position for position, slot in enumerate(self.slots) for i in slot.indices}
         for position, slot in enumerate(self.slots):
-            sources = [self.example_inputs[i] for i in slot.indices]
+            sources = slot.sources(self.example_inputs)
             sizes = [released.nbytes(source) for source in sources]
             with self.report.timed("dequantize"):
                 entry = slot.fetch(self.example_inputs)
@@ -373,7 +371,7 @@ def _drop_folded_operands(level: Level) -> None:
     """Stops passing packed weights to a sub-graph that has their dequantized values now."""
     if not level.sites:
         return
-    folded = {leaf for request in level.supplied for leaf in request.leaves}
+    folded = {leaf for leaves, *_ in level.added for leaf in leaves}
     for leaf in folded:
         if leaf.users:
             continue

@@ -75,13 +75,16 @@ class Slot:
         self.indices, self.request = indices, request
         self.entry: store.Entry | None = None
 
+    def sources(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What it is made of in this call."""
+        return tuple(args[i] for i in self.indices)
+
     def fetch(self, args: Sequence[Any]) -> store.Entry:
         """The value for the weights and scales of this call, made or refreshed where need be, and kept until another
         is asked for.
         """
         request = self.request
-        tensors = tuple(args[i] for i in self.indices)
-        self.entry = store.entry(tensors, request.views, request.text, request.form)
+        self.entry = store.entry(self.sources(args), request.views, request.text, request.form)
         return self.entry
 
 
@@ -98,10 +101,7 @@ class _Known:
         self.watched = picker([i for i in indices if not released.is_released(args[i])])
         tensors = self.watched(args)
         self.versions, self.addresses = list(map(_versions, tensors)), [tensor.data_ptr() for tensor in tensors]
-        if not all(
-            entry.is_current(tuple(args[i] for i in slot.indices))
-            for entry, slot in zip(self.entries, slots, strict=True)
-        ):
+        if not all(entry.is_current(slot.sources(args)) for entry, slot in zip(self.entries, slots, strict=True)):
             self.epoch = -1  # changed by somebody else meanwhile: look again at the next call
 
     def is_current(self, args: Sequence[Any]) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same
-from models import Chain, folding, layer, rows
+from models import Chain, entries_of, folding, layer, rows
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowering
-from lowering import report, store
+from lowering import report
 from mxfp8_ops import Mxfp8Linear
 
 ON, OFF = {"dequant_at_load": True}, {"dequant_at_load": False}
@@ -46,21 +46,16 @@ def test_automatic_dynamic_batch_compiles_twice_at_most(options: dict[str, bool]
     assert len(graphs) == 2
 
 
-def values_of(model: nn.Module) -> list[store.Entry]:
-    tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return [entry for key, entry in list(store._entries.items()) if tensors.intersection(key[0])]
-
-
 def test_graphs_that_share_a_weight_share_its_dequantized_value() -> None:
     model = layer()
     first = torch.compile(lambda x: model(x) + 1, backend=folding(**ON), fullgraph=True)
     second = torch.compile(lambda x: model(x) * 2, backend=folding(**ON), fullgraph=True)
     assert_same(first(rows()), model(rows()) + 1)
-    (entry,) = values_of(model)
+    (entry,) = entries_of(model)
     address = entry.value.data_ptr()
     assert_same(second(rows()), model(rows()) * 2)
     second(rows(9))  # a recompile
-    assert [each.value.data_ptr() for each in values_of(model)] == [address]
+    assert [each.value.data_ptr() for each in entries_of(model)] == [address]
     model.weight_scale.add_(1)
     assert_same(first(rows()), model(rows()) + 1)
     assert entry.value.data_ptr() == address  # refreshed in place
@@ -77,11 +72,11 @@ def test_identical_layers_share_one_graph_and_keep_their_own_weights() -> None:
         for block, actual in zip(blocks, each, strict=True):
             assert_same(actual, Mxfp8Linear.forward(block, rows()))
     assert len(graphs) == 1
-    assert len(values_of(blocks)) == 4
-    made = [entry.value for entry in values_of(blocks)]
+    assert len(entries_of(blocks)) == 4
+    made = [entry.value for entry in entries_of(blocks)]
     for block in blocks:
         block(rows())
-    assert all(a is b.value for a, b in zip(made, values_of(blocks), strict=True))  # nothing is made again
+    assert all(a is b.value for a, b in zip(made, entries_of(blocks), strict=True))  # nothing is made again
 
 
 @both_flags

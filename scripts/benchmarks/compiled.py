@@ -77,36 +77,41 @@ def cudagraph_skips() -> int:
 
 def device_times(columns: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     """Microseconds of a call between events of the device, in as many rounds: in each, one column after the other."""
-    for call in columns.values():
-        for _ in range(WARM_UP):
+
+    def time_of(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()  # brings the device's clocks and caches to this column
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(CALLS):
             call()
-    times: dict[str, list[float]] = {name: [] for name in columns}
-    for _ in range(rounds):
-        for name, call in columns.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            call()  # brings the device's clocks and caches to this column
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(CALLS):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000 / CALLS)
-    return times
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1000 / CALLS
+
+    return _in_turns(columns, rounds, time_of)
 
 
 def host_times(columns: Mapping[str, Call], rounds: int, calls: int) -> dict[str, list[float]]:
     """Microseconds of a call by the host's clock, in as many rounds."""
+
+    def time_of(call: Call) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) * 1e6 / calls
+
+    return _in_turns(columns, rounds, time_of)
+
+
+def _in_turns(columns: Mapping[str, Call], rounds: int, time_of: Callable[[Call], float]) -> dict[str, list[float]]:
     for call in columns.values():
         for _ in range(WARM_UP):
             call()
     times: dict[str, list[float]] = {name: [] for name in columns}
     for _ in range(rounds):
         for name, call in columns.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times[name].append((time.perf_counter() - start) * 1e6 / calls)
+            times[name].append(time_of(call))
     return times
 
 
