@@ -248,12 +248,13 @@ def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     return context.fake_mode.from_tensor(tensor, static_shapes=True)
 
 
-def have_addresses(tensors: Sequence[torch.Tensor], addresses: list[int]) -> bool:
-    """Whether tensors lie where they did: in one call of what CUDA graphs use, which torch's builds for CPUs lack."""
-    check = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-    if check is not None:
-        return bool(check(list(tensors), addresses, list(range(len(addresses)))))
-    return list(map(torch.Tensor.data_ptr, tensors)) == addresses
+def addresses(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], bool]:
+    """Tells whether as many tensors lie where these do: by what CUDA graphs use, which torch's builds for CPUs lack."""
+    known = list(map(torch.Tensor.data_ptr, tensors))
+    check, positions = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None), list(range(len(known)))
+    if check is None:
+        return lambda tensors: list(map(torch.Tensor.data_ptr, tensors)) == known
+    return lambda tensors: check(list(tensors), known, positions)
 
 
 # --- what there is to look at ----------------------------------------------------------------------------

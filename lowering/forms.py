@@ -26,7 +26,7 @@ class Dequantized:
 
     dtype: torch.dtype
 
-    word = "dequantized"
+    word, target = "dequantized", "linear"
 
     def __str__(self) -> str:
         return f"{self.word} to {dtype_name(self.dtype)}"
@@ -48,7 +48,7 @@ class Dequantized:
 class Packed:
     """``pack(weight, scale)``: one byte an element, in the order in which the kernels of GPUs read it."""
 
-    word = "packed"
+    word, target = "packed", "mxfp8.linear_packed"
 
     def __str__(self) -> str:
         return self.word

@@ -3,8 +3,8 @@
 before: ``q = mxfp8.linear(x, q_weight, q_scale, None); k = mxfp8.linear(x, k_weight, k_scale, None)``
 after:  ``q, k = mxfp8.linear_packed(x, rows_of_both, n, None).split((q_n, k_n), -1)``
 
-Each reads so few bytes that a kernel for all of them takes hardly longer than for one. The results are views of one
-tensor, so they are not contiguous.
+Each reads so few bytes that a kernel for all of them takes hardly longer than for one. Biases are joined in every call.
+The results are views of one tensor, so they are not contiguous.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor, fx
 from . import compat
 from .graph import arguments, called, is_linear, returned_storages, storages, value_of, written_storages
 
+_LEAVES = ("placeholder", "get_attr")
+"""What is there before the first call."""
+
 
 def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     """The calls of ``mxfp8::linear`` among ``nodes`` that one call can replace, as many as there are for each x."""
@@ -30,12 +33,17 @@ def groups(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     for node in filter(is_linear, nodes):
         x, _, _, bias = arguments(node, "x", "weight", "scale", "bias")
         result = value_of(node)
-        if bias is not None or not isinstance(result, Tensor):
+        if not isinstance(result, Tensor) or (bias is not None and bias.op not in _LEAVES):
             continue
-        if storages(x) & written or storages(node) & (written | returned) or not _may_be_a_slice(node):
+        if (storages(x) | storages(bias)) & written or storages(node) & (written | returned):
             continue
-        by_x.setdefault((x, result.dtype, stretches[node]), []).append(node)
+        if _may_be_a_slice(node):
+            by_x.setdefault((x, result.dtype, _dtype(bias), stretches[node]), []).append(node)
     yield from (group for group in by_x.values() if len(group) > 1)
+
+
+def _dtype(bias: fx.Node | None) -> torch.dtype | None:
+    return None if bias is None else value_of(bias).dtype
 
 
 def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -58,7 +66,7 @@ def _may_be_a_slice(node: fx.Node) -> bool:
 def _views_work(node: fx.Node, value: Any) -> bool:
     own = storages(node)
     for user in node.users:
-        if isinstance(user.target, torch._ops.HigherOrderOperator):  # whose sub-graph may take any view
+        if isinstance(user.target, torch._ops.HigherOrderOperator) or _is_custom(user.target):  # may take any view
             return False
         if not own & storages(user):
             continue
@@ -75,16 +83,30 @@ def _views_work(node: fx.Node, value: Any) -> bool:
     return True
 
 
+def _is_custom(target: object) -> bool:
+    """Whether a call is of an operator that is neither torch's nor ours, and does not say that it takes any strides."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    else:
+        overloads = [target] if isinstance(target, torch._ops.OpOverload) else []
+    return any(
+        each.namespace not in ("aten", "prims", "prim", "mxfp8") and torch.Tag.flexible_layout not in each.tags
+        for each in overloads
+    )
+
+
 def replace(group: Sequence[fx.Node], value: fx.Node, call: Any, more: tuple[Any, ...]) -> None:
-    """Puts one call, ``call(x, value, *more, None)`` on a value that has the rows of all weights, in the place of the
+    """Puts one call, ``call(x, value, *more, bias)`` on a value that has the rows of all weights, in the place of the
     first, and its parts in the place of each.
     """
     first, graph = group[0], group[0].graph
     x = arguments(first, "x")[0]
+    biases = [arguments(node, "x", "weight", "scale", "bias")[3] for node in group]
     results = [value_of(node) for node in group]
     sizes = [result.shape[-1] for result in results]
     with graph.inserting_before(first):
-        whole = graph.call_function(call, (x, value, *more, None))
+        bias = None if biases[0] is None else _joined(graph, biases)
+        whole = graph.call_function(call, (x, value, *more, bias))
         parts = graph.call_method("split", (whole, sizes, -1))
         each = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(group))]
     example = results[0].new_empty((*results[0].shape[:-1], sum(sizes)))
@@ -94,3 +116,9 @@ def replace(group: Sequence[fx.Node], value: fx.Node, call: Any, more: tuple[Any
         graph.erase_node(node)
     whole.meta = first.meta | {"example_value": example}
     parts.meta = first.meta | {"example_value": example.split(sizes, -1)}
+
+
+def _joined(graph: fx.Graph, biases: Sequence[fx.Node]) -> fx.Node:
+    node = graph.call_function(torch.cat, (list(biases),))
+    node.meta["example_value"] = value_of(biases[0]).new_empty(sum(value_of(each).shape[0] for each in biases))
+    return node

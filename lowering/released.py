@@ -68,10 +68,16 @@ def nbytes(tensor: Tensor) -> int:
     return 0 if is_released(tensor) else tensor.nbytes
 
 
+def _forms(tensor: object) -> str:
+    """In which forms there still is a released weight: they are kept with it by lowering/store.py."""
+    forms = dict.fromkeys(str(entry.form) for entry in getattr(tensor, "mxfp8_entries", ()))
+    return " or ".join(forms) or "in the form it then had"
+
+
 def refuse(tensor: object, name: str, reason: str) -> None:
     """Raises ValueError if a graph would read this tensor although it is released. ``reason``: why it would."""
     if is_released(tensor):
         raise ValueError(
-            f"{name} was released (release_quantized=True), and this graph would read it ({reason}): "
-            "compile it with the flag on, or load the model again"
+            f"{name} was released (release_quantized=True), and this graph would read it ({reason}): compile it as "
+            f"before, {_forms(tensor)}, or load the model again"
         )

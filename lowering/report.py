@@ -300,6 +300,7 @@ class GraphReport:
             tensor = ref()
             if tensor is not None and (tensor is weight or tensor.data_ptr() == weight.data_ptr()):
                 each.add_made(form, value.nbytes, how="frozen, ")
+                each.kernel = kernel_text(form.target, each.device)  # until the post-grad graph tells
                 if isinstance(form, Packed):
                     each.packed = weakref.ref(value)
                     each.decoding.setdefault(dtype_name(dtype), PENDING)

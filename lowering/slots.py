@@ -94,21 +94,21 @@ _versions = attrgetter("_version")
 class _Known:
     """The entries for the weights and scales of a call, and how those were. A released weight cannot change."""
 
-    def __init__(self, args: Sequence[Any], slots: Sequence[Slot]) -> None:
+    def __init__(self, args: Sequence[Any], sources: tuple[Tensor, ...], slots: Sequence[Slot]) -> None:
         self.epoch = store.epoch()  # before anything is looked at
         self.entries = [slot.fetch(args) for slot in slots]
-        indices = dict.fromkeys(i for slot in slots for i in slot.indices)
-        self.watched = picker([i for i in indices if not released.is_released(args[i])])
-        tensors = self.watched(args)
-        self.versions, self.addresses = list(map(_versions, tensors)), [tensor.data_ptr() for tensor in tensors]
+        watched = [i for i, tensor in enumerate(sources) if not released.is_released(tensor)]
+        self.watched = None if len(watched) == len(sources) else picker(watched)
+        tensors = sources if self.watched is None else self.watched(sources)
+        self.versions, self.are_in_place = list(map(_versions, tensors)), compat.addresses(tensors)
         if not all(entry.is_current(slot.sources(args)) for entry, slot in zip(self.entries, slots, strict=True)):
             self.epoch = -1  # changed by somebody else meanwhile: look again at the next call
 
-    def is_current(self, args: Sequence[Any]) -> bool:
+    def is_current(self, sources: tuple[Tensor, ...]) -> bool:
         if self.epoch != store.epoch():
             return False
-        tensors = self.watched(args)
-        return list(map(_versions, tensors)) == self.versions and compat.have_addresses(tensors, self.addresses)
+        tensors = sources if self.watched is None else self.watched(sources)
+        return list(map(_versions, tensors)) == self.versions and self.are_in_place(tensors)
 
 
 @dataclass
@@ -141,10 +141,11 @@ class Folded:
 
         def call(*args: Any) -> Any:
             nonlocal known
-            ids = tuple(map(id, sources(args)))
+            tensors = sources(args)
+            ids = tuple(map(id, tensors))
             found = known.get(ids)
-            if found is None or not found.is_current(args):
-                found = _Known(args, slots)
+            if found is None or not found.is_current(tensors):
+                found = _Known(args, tensors, slots)
                 alive = {key: each for key, each in known.items() if all(e.value is not None for e in each.entries)}
                 known = alive | {ids: found}  # replaced, not changed: other threads may be reading it
             return compiled(*kept(args), *[entry.value for entry in found.entries])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,3 +245,19 @@ def test_not_folded_dequant_is_one_loop_without_a_float32_tensor() -> None:
     assert code.count("async_compile.cpp_pybinding") == 1
     assert "torch.float32" not in code
     assert "torch.ops.mxfp8" not in code
+
+
+@pytest.mark.parametrize(("options", "kernel"), [(ON, "linear"), (PACKED, "mxfp8.linear_packed (reference)")])
+def test_a_frozen_graph_from_the_cache_is_reported_with_its_kernel(
+    options: dict[str, bool], kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    packed = layer(bias=False)
+    for _ in range(2):
+        torch._dynamo.reset()
+        with report.collect() as graphs, torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            actual = torch.compile(packed, backend="mxfp8", fullgraph=True, options=options)(rows())
+        assert_same(actual, packed(rows()))
+    (row,) = graphs[0].weights
+    assert graphs[0].from_cache
+    assert row.kernel == kernel

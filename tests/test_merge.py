@@ -94,6 +94,16 @@ def test_merged_linears_train_through_inductor(options: dict[str, bool]) -> None
     torch.testing.assert_close(x.grad, again.grad, rtol=2**-7, atol=2**-7 * again.grad.abs().max().item())
 
 
+@both_forms
+def test_biases_of_merged_linears_have_their_own_gradients(options: dict[str, bool]) -> None:
+    def gradients(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((each * each).sum() for each in function(rows())), biases)
+
+    biases = [BIASED.bias, ANOTHER.bias]
+    compiled = torch.compile(biased, backend="mxfp8", options=options, fullgraph=True)
+    same(gradients(compiled), gradients(biased))
+
+
 def test_nothing_is_merged_on_the_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linears(Pair(), rows(), pack_at_load=True) == 2
     assert linears(Pair(), rows(), merge_linears=True) == 2  # nor what is neither packed nor dequantized
@@ -122,7 +132,29 @@ def test_a_value_that_is_no_bool_is_a_type_error(value: Any) -> None:
             use(merge_linears=value)
 
 
-Q, K, BIASED = plain(64), plain(32), layer(32, 64)
+Q, K, BIASED, ANOTHER = plain(64), plain(32), layer(32, 64), layer(48, 64)
+
+_operators = torch.library.Library("merge_tests", "DEF")
+for _name, _tags in (("rows", ()), ("any_strides", (torch.Tag.flexible_layout,))):
+    _operators.define(f"{_name}(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, *_tags))
+    _operators.impl(_name, lambda x: x * 2, "CompositeExplicitAutograd")
+needs_rows_packet, takes_any = torch.ops.merge_tests.rows, torch.ops.merge_tests.any_strides
+needs_rows = needs_rows_packet.default
+
+
+def dense(of: Mxfp8Linear) -> Tensor:
+    return mxfp8_ops.dequant(of.weight, of.weight_scale)
+
+
+def biased(x: Tensor) -> list[Tensor]:
+    return [BIASED(x) * 1, ANOTHER(x) * 1]
+
+
+def bias_written_between(x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        first = BIASED(x) * 1
+        ANOTHER.bias.add_(0)
+        return [first, ANOTHER(x) * 1]
 
 
 def written(x: Tensor) -> Tensor:
@@ -156,6 +188,10 @@ def computed(x: Tensor) -> list[Tensor]:
 
 UNMERGED: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "one has a bias": lambda x: [Q(x) * 1, BIASED(x) * 1],
+    "a bias is computed in the graph": lambda x: [BIASED(x) * 1, F.linear(x, dense(K), BIASED.bias + 1) * 1],
+    "a bias is written to between them": bias_written_between,
+    "a result is given to an operator that may need its strides": lambda x: [needs_rows(Q(x)), K(x) * 1],
+    "a view of a result is": lambda x: [needs_rows_packet(Q(x)[:2]), K(x) * 1],
     "x differs": lambda x: [Q(x) * 1, K(x + 1) * 1],
     "a result is returned": lambda x: [Q(x), K(x) * 1],
     "a view of a result is returned": lambda x: [Q(x).view(-1), K(x) * 1],
@@ -184,6 +220,8 @@ MERGED: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "results are seen as heads": lambda x: [Q(x).view(len(x), 4, 16).mT * 1, K(x).unflatten(1, (2, 16)) * 1],
     "results are reshaped": lambda x: [Q(x).reshape(-1) * 1, torch.flatten(K(x)) * 1],
     "results are transposed": lambda x: [Q(x).mT.contiguous() * 1, K(x)[1:].chunk(2)[0] * 1],
+    "a result is given to an operator that takes any strides": lambda x: [takes_any(Q(x)), K(x) * 1],
+    "each has a bias": biased,
     "x has more dimensions": lambda x: [each(y) * 1 for y in [x.view(1, -1, 64)] for each in (Q, K)],
 }
 
