@@ -95,6 +95,19 @@ def test_direct_compiles_and_reads_16_bytes_at_a_time(kernel: plans.Direct, dtyp
 
 
 @DTYPE
+@pytest.mark.parametrize(("kernel", "at_once"), [(kind, most) for kind, _, most in plans.NARROW], ids=repr)
+def test_narrow_compiles_and_as_many_run_at_once_as_its_table_says(
+    kernel: plans.Narrow, at_once: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    found = compiled_at_an_end(kernel, True, dtype, tmp_path)
+    assert found.spilled == 0
+    check_fits(found, at_once)
+    assert "ld.shared.v4" in found.ptx
+    assert "ldmatrix" in found.ptx
+    check_loads(found)
+
+
+@DTYPE
 @pytest.mark.parametrize("kernel", tiled_kernels(packed=True), ids=repr)
 def test_kernels_on_packed_weights_compile_and_fit_a_multiprocessor(
     kernel: plans.Tiled, dtype: torch.dtype, tmp_path: Path
@@ -121,14 +134,21 @@ def test_kernels_on_canonical_weights_compile_without_spills_and_fit_a_multiproc
 
 
 def check_tiled(kernel: plans.Tiled, found: Compiled, folder: Path) -> None:
-    """That as many programs run at once as the model counts on, that matrix instructions do not wait for each other,
-    and that a stage waits for the bytes which are on their way, no more and no less: for more it would wait for ever.
-    """
-    at_once = plans.TABLE[plans._kind(kernel)].at_once
+    """That as many programs run at once as the model counts on, and matrix instructions do not wait for each other."""
+    check_fits(found, plans.TABLE[plans._kind(kernel)].at_once)
+    assert "serialized" not in found.log, found.log
+    check_loads(found)
+
+
+def check_fits(found: Compiled, at_once: int) -> None:
+    """That so many programs fit a multiprocessor."""
     assert found.shared <= SHARED
     assert at_once * (found.shared + 1024) <= SHARED + 1024  # the system takes a KiB for each
     assert at_once * found.threads * -(-found.registers // 8) * 8 <= plans.REGISTERS
-    assert "serialized" not in found.log, found.log
+
+
+def check_loads(found: Compiled) -> None:
+    """That a stage waits for the bytes which are on their way, no more and no less: for more it would wait for ever."""
     stages = loaded_bytes(found)
     assert stages
     assert all(expected == loaded for expected, loaded in stages)
@@ -143,11 +163,11 @@ def loaded_bytes(found: Compiled) -> list[tuple[int, int]]:
             assert bytes_expected is not None
             stages.append((int(bytes_expected[1]), 0))
         elif "async_tma_copy_global_to_local" in line:
-            box = re.search(r"-> !ttg\.memdesc<(\d+)x(\d+)x[a-z]+(\d+)", line)
+            box = re.search(r"-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)", line)
             assert box is not None
-            rows, columns, bits = map(int, box.groups())
+            size = math.prod(map(int, box[1].split("x")[:-1]))
             expected, loaded = stages[-1]
-            stages[-1] = expected, loaded + rows * columns * bits // 8
+            stages[-1] = expected, loaded + size * int(box[2]) // 8
     in_ptx = re.findall(r"expect_tx\.\S+ _, \[(%\w+)\], (\d+);|cp\.async\.bulk\.tensor.*\[(%\w+)\];", found.ptx)
     barrier = ""
     for waiting, _, told in in_ptx:

@@ -182,7 +182,9 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
     assert len(set(names)) == len(names)
     for packed in (True, False):
         planned = [plan for problem, plan in cases._planned() if problem.packed == packed]
-        tiled = [plan for plan in planned if not isinstance(plan, plans.Direct)]
+        tiled = [plan for plan in planned if isinstance(plan, plans.Skinny | plans.Wide)]
         assert {plans._kind(plan) for plan in tiled} == set(plans.TABLE)
         direct = {(plan.rows, plan.warps) for plan in planned if isinstance(plan, plans.Direct)}
         assert direct == (set(itertools.product((4, 8), (4, 8, 16))) if packed else set())
+        narrow = {plan for plan in planned if isinstance(plan, plans.Narrow)}
+        assert narrow == ({kind for kind, _, _ in plans.NARROW} if packed else set())

@@ -48,8 +48,13 @@ def kernel(
         total = _products(x, packed, M, K, ROWS, WARPS, 1, MMA, DTYPE, True, True)
     total = _sums(total, ROWS, WARPS)
     LAYOUT: gl.constexpr = total.type.layout
-    n = gl.program_id(0) // 2 * 16 + gl.program_id(0) % 2 * 4 + _range(2, 0, 3, LAYOUT) * 8 + _range(4, 1, 3, LAYOUT)
-    m = _range(ROWS, 2, 3, LAYOUT)
+    n = (
+        gl.program_id(0) // 2 * 16
+        + gl.program_id(0) % 2 * 4
+        + places_along(2, 0, 3, LAYOUT) * 8
+        + places_along(4, 1, 3, LAYOUT)
+    )
+    m = places_along(ROWS, 2, 3, LAYOUT)
     if HAS_BIAS:
         total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
     gl.store(out + m * N + n, total.to(DTYPE), mask=(m < M) & (n < N))
@@ -90,18 +95,23 @@ def _places(x, packed, M, K, ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl
     rows = packed + tile // 8 * ((K + 127) // 128) * _BLOCK  # 128 of them
 
     WORD: gl.constexpr = _any_words(WARPS, BLOCKS, MMA).type.layout
-    pair = _range(8, 1, 6, WORD)
-    words = _range(WARPS, 0, 6, WORD) * (BLOCKS * _BLOCK) + tile % 8 // 4 * 1024 + tile % 4 * 128 + r2 * 64
-    words += pair // 4 * 512 + pair % 4 * 16 + _range(4, 5, 6, WORD) * 4
+    pair = places_along(8, 1, 6, WORD)
+    words = places_along(WARPS, 0, 6, WORD) * (BLOCKS * _BLOCK) + tile % 8 // 4 * 1024 + tile % 4 * 128 + r2 * 64
+    words += pair // 4 * 512 + pair % 4 * 16 + places_along(4, 5, 6, WORD) * 4
 
     BOTH: gl.constexpr = _any_scales(WARPS, BLOCKS, MMA).type.layout
-    scales = _range(WARPS, 0, 4, BOTH) * (BLOCKS * _BLOCK) + 4096 + tile % 8 * 16 + r2 * 8
-    scales += _range(8, 1, 4, BOTH) % 4 * 2
+    scales = places_along(WARPS, 0, 4, BOTH) * (BLOCKS * _BLOCK) + 4096 + tile % 8 * 16 + r2 * 8
+    scales += places_along(8, 1, 4, BOTH) % 4 * 2
 
     X: gl.constexpr = _any_pairs(ROWS, WARPS, BLOCKS, MMA).type.layout
-    column = _range(2 * ROWS, 1, 6, X)
+    column = places_along(2 * ROWS, 1, 6, X)
     m = gl.minimum(column // 8 * 4 + column % 4, M - 1)
-    pairs = m * (K // 32 * 16) + _range(WARPS, 0, 6, X) * (BLOCKS * 64) + column % 8 // 4 * 16 + _range(4, 5, 6, X)
+    pairs = (
+        m * (K // 32 * 16)
+        + places_along(WARPS, 0, 6, X) * (BLOCKS * 64)
+        + column % 8 // 4 * 16
+        + places_along(4, 5, 6, X)
+    )
     return rows + words, rows + scales, x + pairs
 
 
@@ -131,20 +141,22 @@ def _turn(
     BOTH: gl.constexpr = _any_scales(WARPS, BLOCKS, MMA).type.layout
     X: gl.constexpr = _any_pairs(ROWS, WARPS, BLOCKS, MMA).type.layout
     words += first * _BLOCK
-    words += _range(BLOCKS, 2, 6, WORD) * _BLOCK + _range(2, 3, 6, WORD) * 2048 + _range(4, 4, 6, WORD)
+    words += (
+        places_along(BLOCKS, 2, 6, WORD) * _BLOCK + places_along(2, 3, 6, WORD) * 2048 + places_along(4, 4, 6, WORD)
+    )
     scales += first * _BLOCK
-    scales += _range(BLOCKS, 2, 4, BOTH) * _BLOCK + _range(2, 3, 4, BOTH)
+    scales += places_along(BLOCKS, 2, 4, BOTH) * _BLOCK + places_along(2, 3, 4, BOTH)
     pairs += first * 64
-    pairs += _range(BLOCKS, 2, 6, X) * 64 + _range(2, 3, 6, X) * 32 + _range(4, 4, 6, X) * 4
+    pairs += places_along(BLOCKS, 2, 6, X) * 64 + places_along(2, 3, 6, X) * 32 + places_along(4, 4, 6, X) * 4
     if RAGGED:
         left = K // 32 - first * 4  # groups
-        group = (_range(WARPS, 0, 6, WORD) * BLOCKS + _range(BLOCKS, 2, 6, WORD)) * 4
-        group += _range(2, 3, 6, WORD) * 2 + _range(8, 1, 6, WORD) // 4
+        group = (places_along(WARPS, 0, 6, WORD) * BLOCKS + places_along(BLOCKS, 2, 6, WORD)) * 4
+        group += places_along(2, 3, 6, WORD) * 2 + places_along(8, 1, 6, WORD) // 4
         word = gl.load(words, mask=group < left, other=0, eviction_policy="evict_first")
-        group = (_range(WARPS, 0, 4, BOTH) * BLOCKS + _range(BLOCKS, 2, 4, BOTH)) * 4
+        group = (places_along(WARPS, 0, 4, BOTH) * BLOCKS + places_along(BLOCKS, 2, 4, BOTH)) * 4
         codes = gl.load(scales, mask=group < left, other=0)
-        group = (_range(WARPS, 0, 6, X) * BLOCKS + _range(BLOCKS, 2, 6, X)) * 4
-        group += _range(2, 3, 6, X) * 2 + _range(2 * ROWS, 1, 6, X) % 8 // 4
+        group = (places_along(WARPS, 0, 6, X) * BLOCKS + places_along(BLOCKS, 2, 6, X)) * 4
+        group += places_along(2, 3, 6, X) * 2 + places_along(2 * ROWS, 1, 6, X) % 8 // 4
         pair = gl.load(pairs, mask=group < left, other=0)
     else:
         word = gl.load(words, eviction_policy="evict_first")
@@ -187,7 +199,7 @@ def _scale(codes, word, WARPS: gl.constexpr, BLOCKS: gl.constexpr, DTYPE: gl.con
     block]`` of the codes of four groups. A lane takes those of its k5.
     """
     GROUP: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, word.type.layout))
-    group = _range(2, 3, 4, GROUP) * 2 + _range(8, 1, 4, GROUP) // 4
+    group = places_along(2, 3, 4, GROUP) * 2 + places_along(8, 1, 4, GROUP) // 4
     every = gl.full([WARPS, 8, BLOCKS, 2], 0, gl.int32, GROUP)
     codes, _ = gl.broadcast(gl.expand_dims(codes, 3), every)
     if EXACT:
@@ -208,7 +220,7 @@ def _scale(codes, word, WARPS: gl.constexpr, BLOCKS: gl.constexpr, DTYPE: gl.con
 def _sums(total, ROWS: gl.constexpr, WARPS: gl.constexpr):
     """``[r3, r1 r0, m]``, from ``total [WARPS, 16, 2 * ROWS]``: where both groups are the same, of all warps."""
     LAYOUT: gl.constexpr = total.type.layout
-    same = _range(16, 1, 3, LAYOUT) % 8 // 4 == _range(2 * ROWS, 2, 3, LAYOUT) % 8 // 4
+    same = places_along(16, 1, 3, LAYOUT) % 8 // 4 == places_along(2 * ROWS, 2, 3, LAYOUT) % 8 // 4
     total = gl.reshape(gl.where(same, total, 0.0), [WARPS, 2, 2, 4, ROWS // 4, 2, 4])
     # One axis after another: a sum takes the lanes of its axis to be neighbours, which those of two axes are not.
     return gl.reshape(gl.sum(gl.sum(gl.sum(total, 5), 2), 0), [2, 4, ROWS])
@@ -241,7 +253,7 @@ def _any_pairs(ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, MM
 
 
 @gluon.jit
-def _range(size: gl.constexpr, dim: gl.constexpr, rank: gl.constexpr, LAYOUT: gl.constexpr):
+def places_along(size: gl.constexpr, dim: gl.constexpr, rank: gl.constexpr, LAYOUT: gl.constexpr):
     """0 .. size - 1 along one dimension of a tensor of that rank and layout."""
     places = gl.arange(0, size, _along(dim, rank, LAYOUT))
     for other in gl.static_range(rank):

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from .. import settings
-from . import direct, skinny, tiles, wide
+from .. import packing, settings
+from . import direct, narrow, skinny, tiles, wide
 from .launch import box, launch
-from .plans import Direct, Plan, Skinny, Tiled, candidates, divided, plan
+from .plans import Direct, Narrow, Plan, Skinny, Tiled, Wide, candidates, divided, plan
 from .tune import best
 
 _X = gl.NVMMASharedLayout(128, 16, 2)
 _PACKED_WORDS = gl.NVMMASharedLayout(128, 32, 2)
 _PACKED_SCALES = gl.NVMMASharedLayout(0, 32, 2)
+_ROWS_OF_BLOCKS = gl.NVMMASharedLayout(128, 16, 3)
+_WORDS_OF_BLOCKS = gl.NVMMASharedLayout(0, 32, 5)
+_SCALES_OF_BLOCKS = gl.NVMMASharedLayout(0, 32, 3)
 _CANONICAL_WORDS = gl.NVMMASharedLayout(64, 32, 2)
 _COLUMNS = 16  # of a tile that a program of `add_parts` adds up
 
@@ -70,11 +73,18 @@ def _plan(x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tenso
 
 
 def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
-    if not isinstance(chosen, Direct):
+    if isinstance(chosen, Skinny | Wide):
         _tiled(chosen, x, source, bias, out)
         return
-    (m, k), n = x.shape, out.shape[1]
     assert isinstance(source, Tensor)
+    if isinstance(chosen, Direct):
+        _direct(chosen, x, source, bias, out)
+    else:
+        _narrow(chosen, x, source, bias, out)
+
+
+def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    (m, k), n = x.shape, out.shape[1]
     launch(
         direct.kernel,
         (2 * divided(n, 16),),
@@ -82,6 +92,30 @@ def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | Non
         (chosen.rows, chosen.warps, k % (256 * chosen.warps) != 0, bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
+    )
+
+
+def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    (m, k), n = x.shape, out.shape[1]
+    rows, warps, stages = chosen.rows, chosen.warps, chosen.stages
+    blocks = len(source) // packing.BLOCK_ROWS
+    words = packing.BLOCK_ROWS * packing.WORDS  # of a block; of its halves along k6, r6, k5
+    launch(
+        narrow.kernel,
+        (divided(n, 32),),
+        (
+            (x, box((2 * warps, rows, 64), _ROWS_OF_BLOCKS), (k // 64, m, 64), (64, k, 1)),
+            (source, box((warps, 2, 1, 2, 256), _WORDS_OF_BLOCKS), (blocks, 2, 2, 2, 512), (words, 2048, 1024, 512, 1)),
+            (source, box((warps, 1, 32), _SCALES_OF_BLOCKS), (blocks, packing.BLOCK_ROWS, 32), (words, 32, 1)),
+            source,
+            x if bias is None else bias,
+            out,
+            m,
+            n,
+            k,
+        ),
+        (rows, warps, stages, bias is not None),
+        num_warps=warps,
     )
 
 

@@ -26,6 +26,15 @@ class Direct:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """The kernel in ``narrow``: rows of x (8 or 16), warps of a program, stages."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Skinny:
     """The kernel in ``skinny``: rows of x, consumers along N and along K, stages, registers of a consumer's lane and
     of any lane at the start (0: as many as there are), parts of a tile.
@@ -79,7 +88,7 @@ class Wide:
         return self.split
 
 
-Plan: TypeAlias = Direct | Skinny | Wide
+Plan: TypeAlias = Direct | Narrow | Skinny | Wide
 Tiled: TypeAlias = Skinny | Wide
 
 
@@ -115,8 +124,26 @@ TABLE: dict[Tiled, Cost] = {
 }
 
 
+NARROW: tuple[tuple[Narrow, float, int], ...] = (
+    (Narrow(8, 4, 4), 0.5, 1),
+    (Narrow(8, 4, 3), 1, 2),
+    (Narrow(8, 4, 2), 2, 3),
+    (Narrow(8, 1, 6), 3, 6),
+    (Narrow(8, 1, 4), 6, 8),
+    (Narrow(16, 4, 4), 0.7, 1),
+    (Narrow(16, 1, 4), 3, 6),
+)
+"""Where ``narrow`` is the fastest kernel: for more programs a multiprocessor than the first number, and at most as many
+as the second, which a multiprocessor runs at the same time. Of 20 shapes on an H200.
+"""
+
+
 def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors."""
+    if packed and m > 4:
+        for kind, least, most in _narrow(m, k):
+            if least * processors < divided(n, 32) <= most * processors:
+                return kind
     if packed and (m <= 4 or (m <= 8 and n < 24 * processors)):  # as few rows or outputs as that
         return _direct(m, n, processors)
     return min(_tiled(m, n, k, processors), key=lambda choice: microseconds(choice, m, n, k, processors, packed))
@@ -125,7 +152,8 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
     few = [Direct(4 if m <= 4 else 8, warps) for warps in (4, 8, 16)] if packed and m <= 8 else []
-    return [*few, *_tiled(m, n, k, processors)]
+    narrow = [kind for kind, _, _ in _narrow(m, k)] if packed else []
+    return [*few, *narrow, *_tiled(m, n, k, processors)]
 
 
 def microseconds(choice: Tiled, m: int, n: int, k: int, processors: int, packed: bool) -> float:
@@ -188,6 +216,11 @@ def _split(kind: Wide, tiles: int, blocks: int, processors: int) -> Iterator[Wid
             yield replace(kind, split=tiles, parts=parts)
         elif rest * parts <= 2 * processors and 0 < rest < tiles and kind.rows == 256:
             yield replace(kind, split=rest, parts=parts)
+
+
+def _narrow(m: int, k: int) -> Iterator[tuple[Narrow, float, int]]:
+    """Of NARROW what is for so many rows, where K is cut into whole blocks."""
+    return (each for each in NARROW if each[0].rows == max(8, 1 << (m - 1).bit_length()) and k % 128 == 0)
 
 
 def _direct(m: int, n: int, processors: int) -> Direct:

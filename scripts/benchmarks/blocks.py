@@ -14,11 +14,10 @@ from torch._dynamo.utils import counters
 import mxfp8_ops
 
 from . import compiled
-from .model_options import MODES, ModelOptions
+from .model_options import CHAINED, MODES, ModelOptions
 from .options import Record
 from .timing import CudaTimer, summary
 
-LAYERS = 16
 SIZE = 4096
 
 
@@ -38,7 +37,7 @@ class Chain(nn.Module):
 
 def records(options: ModelOptions) -> Iterator[tuple[str, Record]]:
     """One record for each mode and number of rows: microseconds a layer, a relu included unless it says "alone"."""
-    dense = Chain(LAYERS, SIZE, options.device)
+    dense = Chain(CHAINED, SIZE, options.device)
     quantized = copy.deepcopy(dense)
     mxfp8_ops.quantize_(quantized)
     eager = copy.deepcopy(quantized)
@@ -55,7 +54,7 @@ def records(options: ModelOptions) -> Iterator[tuple[str, Record]]:
                 "kept": _call("kept", quantized, mode, x),
                 "eager packed": _replay(eager, x),
             }
-            us = compiled.medians(compiled.device_times(calls, options.rounds), LAYERS)
+            us = compiled.medians(compiled.device_times(calls, options.rounds), CHAINED)
             skips = compiled.cudagraph_skips()
             yield "blocks", {"mode": mode, "m": m, "us": us | kernel, "cudagraph_skips": skips}
 

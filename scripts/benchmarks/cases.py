@@ -103,16 +103,18 @@ def _problems() -> Iterator[Problem]:
 def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
     """Every kernel for Hopper, on whole tiles and on parts."""
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
-    for packed, k in ((True, 1056), (False, 1024)):
+    for packed, k in ((True, 1056), (True, 1152), (False, 1024)):
         for m in PLAN_ROWS:
             found = plans.candidates(m, 300, k, processors, packed)
+            if k == 1152:  # for the kernel that takes whole blocks of K alone
+                found = [plan for plan in found if isinstance(plan, plans.Narrow)]
             for plan in (plan for plan in found if plan.rows >= m and _differs(plan)):
                 yield from ((Problem(m, 300, k, dtype, packed), plan) for dtype in DTYPES[:2])
 
 
 def _differs(plan: plans.Plan) -> bool:
     """More parts run the same code as two."""
-    return isinstance(plan, plans.Direct) or plan.parts <= 2
+    return isinstance(plan, plans.Direct | plans.Narrow) or plan.parts <= 2
 
 
 Weight: TypeAlias = tuple[Tensor, ...]

@@ -19,6 +19,8 @@ MODES = ("reduce-overhead", "default")
 
 START_LAYERS = 4
 PEAK_WAYS = ("folded", "frozen", "packed")
+CHAINED = 64
+"""Linears in a row in the section blocks: the start of a call is shared among so many."""
 CHECKED = 64
 """Linears in the graph of the section check."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from .model_options import CHAINED
 from .options import Record
 from .render import table
 
@@ -40,10 +41,10 @@ def header(run: Record) -> str:
 
 
 def _blocks_page(records: Sequence[Record], options: Record) -> Iterator[str]:
-    yield "Sixteen linears of 4096 x 4096 with a relu after each: microseconds a layer. The eager columns are CUDA"
-    yield "graphs of kernels called eagerly, without relu where they are alone. Compiled code under reduce-overhead"
-    yield "begins every replay with a copy of x into memory of its own; the eager graph does not. (Shared among the"
-    yield "layers, in torch's profiler some 14 us; the kernels after it take as long as the eager ones.)"
+    yield f"{CHAINED} linears of 4096 x 4096 in a row with a relu after each: microseconds a layer. The eager columns"
+    yield "are CUDA graphs of kernels called eagerly, without relu where they are alone. Compiled code under"
+    yield "reduce-overhead begins every replay with a copy of x into memory of its own; the eager graph does not."
+    yield "(In torch's profiler some 14 us a replay; the kernels after it take as long as the eager ones.)"
     yield ""
     names = list(records[0]["us"])
     rows = ([r["mode"], str(r["m"]), *(f"{r['us'][name]:.2f}" for name in names)] for r in records)

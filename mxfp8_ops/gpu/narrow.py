@@ -1,0 +1,174 @@
+"""Linear on a packed weight for 5 to 16 rows of x, for Hopper, in Gluon: narrow tiles of 32 outputs.
+
+A program computes its outputs over all of K, so that no second kernel has to add up parts even where there are few of
+them. Its warps stand along K: in a turn each takes a block of 128 elements, and their sums are added in the end. TMA
+brings the blocks of a turn, and what x has for them, to shared memory; the first STAGES turns are on their way from the
+start, which is a good part of all that a program reads.
+
+Starting a copy takes the whole program a moment, so three bring a turn: all elements, all scales, all rows of x.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .direct import places_along
+from .fragments import group_scale, halves, needs_exact, scaled, separate
+from .versions import barrier, load_box, reinterpret
+
+
+@gluon.jit(do_not_specialize=["M"])
+def kernel(
+    x,  # TMA descriptor, [K / 64, M, 64], boxes of [2 * WARPS, ROWS, 64]
+    elements,  # TMA descriptor, words [block, k6, r6, k5, r5 and lower bits], boxes of [WARPS, 2, 1, 2, 256]
+    scales,  # TMA descriptor, [blocks, 132, 32] int32, boxes of [WARPS, 1, 32]
+    packed,  # pointer to the packed weight: see mxfp8_ops.packing
+    bias,  # pointer [N], or to anything
+    out,  # pointer [M, N]
+    M,
+    N,
+    K,  # a multiple of 128
+    ROWS: gl.constexpr,  # 8 or 16, at least M
+    WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    x_stages = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * WARPS, ROWS, 64], x.layout)
+    element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, 2, 1, 2, 256], elements.layout)
+    scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, 1, 32], scales.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    source = (x, elements, scales)
+    stages = (x_stages, element_stages, scale_stages, full)
+    blocks = K // 128
+    for i in gl.static_range(STAGES):
+        _load(source, stages, i, blocks, STAGES)
+    if needs_exact(packed, N, K, DTYPE):
+        total = _products(source, stages, blocks, MMA, STAGES, True)
+    else:
+        total = _products(source, stages, blocks, MMA, STAGES, False)
+    total = gl.sum(total, 0)
+    LAYOUT: gl.constexpr = total.type.layout
+    n = gl.program_id(0) * 32 + places_along(32, 0, 2, LAYOUT)
+    m = places_along(ROWS, 1, 2, LAYOUT)
+    if HAS_BIAS:
+        total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
+    gl.store(out + m * N + n, total.to(DTYPE), mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def _load(source, stages, turn, blocks, STAGES: gl.constexpr):
+    """Has TMA fill the stage of a turn, if there is such a turn."""
+    x, elements, scales = source
+    x_stages, element_stages, scale_stages, full = stages
+    WARPS: gl.constexpr = element_stages.shape[1]
+    ROWS: gl.constexpr = x_stages.shape[2]
+    stage = turn % STAGES
+    first = turn * WARPS
+    there = first < blocks
+    tile = gl.program_id(0)  # of 32 rows, four in a block
+    block = tile // 4 * blocks + first
+    ready = full.index(stage)
+    mbarrier.expect(ready, WARPS * (ROWS * 256 + 32 * 128 + 32 * 4), pred=there)
+    load_box(scales, [block, 128 + tile % 4, 0], ready, scale_stages.index(stage), pred=there)
+    load_box(elements, [block, 0, tile % 4 // 2, 0, tile % 2 * 256], ready, element_stages.index(stage), pred=there)
+    load_box(x, [first * 2, 0, 0], ready, x_stages.index(stage), pred=there)
+
+
+@gluon.jit
+def _products(source, stages, blocks, MMA: gl.constexpr, STAGES: gl.constexpr, EXACT: gl.constexpr):
+    """Every warp's sums ``[WARPS, 32, ROWS]`` of its turns."""
+    x_stages, element_stages, scale_stages, full = stages
+    WARPS: gl.constexpr = element_stages.shape[1]
+    ROWS: gl.constexpr = x_stages.shape[2]
+    total = gl.zeros([WARPS, 32, ROWS], gl.float32, MMA)
+    turns = (blocks + WARPS - 1) // WARPS
+    for turn in range(turns):
+        stage = turn % STAGES
+        left = blocks - turn * WARPS
+        mbarrier.wait(full.index(stage), turn // STAGES % 2)
+        weight = _weight(element_stages.index(stage), scale_stages.index(stage), left, MMA, x_stages.dtype, EXACT)
+        total = mma_v2(weight, _rows(x_stages.index(stage), MMA), total)
+        if turn + STAGES < turns:
+            barrier()
+            _load(source, stages, turn + STAGES, blocks, STAGES)
+    return total
+
+
+@gluon.jit
+def _rows(stage, MMA: gl.constexpr):
+    """Operand B ``[WARPS, 128, ROWS]``."""
+    WARPS: gl.constexpr = stage.shape[0] // 2
+    ROWS: gl.constexpr = stage.shape[1]
+    OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    HALVES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    any_rows = gl.full([WARPS, 128, ROWS], 0, gl.int16, OPERAND)
+    ROW: gl.constexpr = gl.reshape(any_rows, [WARPS, 2, 64, ROWS]).type.layout
+    rows = reinterpret(stage, stage.dtype, [WARPS, 2, ROWS, 64], HALVES).permute((0, 1, 3, 2)).load(ROW)
+    return gl.convert_layout(gl.reshape(rows, [WARPS, 128, ROWS]), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _weight(elements, scales, left, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """Operand A ``[WARPS, 32, 128]``. Blocks that are not there begin the rows below: zeros in their place."""
+    WARPS: gl.constexpr = elements.shape[0]
+    WORD: gl.constexpr = _any_words(WARPS, MMA).type.layout
+    PLACES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [6, 5, 4, 3, 2, 1, 0])
+    word = reinterpret(elements, gl.int32, [WARPS, 2, 2, 2, 8, 4, 4], PLACES).load(WORD)
+    word = gl.where(places_along(WARPS, 0, 7, WORD) < left, word, 0)
+    codes_one, codes_other = _scales(scales, left, MMA)
+    one, other = separate(word, DTYPE, EXACT)
+    one = scaled(one, _scale(codes_one, word, DTYPE, EXACT), DTYPE, EXACT)
+    other = scaled(other, _scale(codes_other, word, DTYPE, EXACT), DTYPE, EXACT)
+    one_0, one_1 = halves(one)
+    other_0, other_1 = halves(other)
+    bits = gl.join(gl.join(one_0, other_0), gl.join(one_1, other_1))  # warp, k6, k5, r4, r210, k21, k43, r3, k0
+    tile = gl.reshape(gl.permute(bits, (0, 3, 7, 4, 1, 2, 6, 5, 8)), [WARPS, 32, 128])
+    return gl.convert_layout(tile.to(DTYPE, bitcast=True), gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _scales(stage, left, MMA: gl.constexpr):
+    """Words of the scales of rows r and r + 8, ``[warp, r4, r210]`` each."""
+    WARPS: gl.constexpr = stage.shape[0]
+    rows = gl.permute(_any_rows(WARPS, MMA), (1, 2, 0, 3, 4, 7, 5, 6))  # k6, k5, warp, r4, r210, r3, k21, k43
+    BOTH: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(6, gl.SliceLayout(7, rows.type.layout))))
+    codes = reinterpret(stage, gl.int32, [WARPS, 2, 8, 2], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])).load(BOTH)
+    return gl.split(gl.where(places_along(WARPS, 0, 4, BOTH) < left, codes, 0))
+
+
+@gluon.jit
+def _scale(codes, word, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """What the elements of each word are multiplied by, from words of the four codes of a row."""
+    GROUP: gl.constexpr = gl.SliceLayout(5, gl.SliceLayout(6, word.type.layout))
+    even = gl.join(group_scale(codes, 0, DTYPE, EXACT), group_scale(codes, 2, DTYPE, EXACT))
+    odd = gl.join(group_scale(codes, 1, DTYPE, EXACT), group_scale(codes, 3, DTYPE, EXACT))
+    groups = gl.permute(gl.join(even, odd), (0, 3, 4, 1, 2))  # warp, k6, k5, r4, r210
+    groups = gl.convert_layout(groups, GROUP, assert_trivial=True)
+    groups, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(groups, 5), 6), word)
+    return groups
+
+
+@gluon.jit
+def _any_words(WARPS: gl.constexpr, MMA: gl.constexpr):
+    """Some words ``[warp, k6, k5, r4, r210, k21, k43]`` in the layout that makes decoded elements lie as operand A
+    wants them.
+    """
+    word, _ = gl.split(_any_rows(WARPS, MMA))
+    return word
+
+
+@gluon.jit
+def _any_rows(WARPS: gl.constexpr, MMA: gl.constexpr):
+    """The same for what belongs to rows r and r + 8 apart, the last dimension."""
+    tile = gl.full([WARPS, 32, 128], 0, gl.int8, gl.DotOperandLayout(0, MMA, 2))
+    bits = gl.reshape(tile, [WARPS, 2, 2, 8, 2, 2, 4, 4, 2])  # warp, r4, r3, r210, k6, k5, k43, k21, k0
+    rows, _ = gl.split(gl.permute(bits, (0, 4, 5, 1, 3, 7, 6, 2, 8)))
+    return rows
