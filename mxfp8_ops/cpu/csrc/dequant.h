@@ -30,6 +30,11 @@ void dequant_range(const uint8_t* codes, const uint8_t* scales, T* out, int64_t 
 
 #if MXFP8_LEVEL >= 3
 
+// Words with the signs of their codes: those of zeros, which Decoder drops.
+inline __m512i with_signs(__m512i words, __m512i codes_above) {
+  return _mm512_ternarylogic_epi32(words, codes_above, _mm512_set1_epi16(INT16_MIN), 0xf8);  // words | (codes & 0x8000)
+}
+
 // Two blocks at a time by tables. Pieces of eight codes are put where unpacking leaves them in order.
 template <bool kStream>
 void dequant_by_tables(const uint8_t* codes, const uint8_t* scales, bf16* out, int64_t first, int64_t last) {
@@ -40,7 +45,10 @@ void dequant_by_tables(const uint8_t* codes, const uint8_t* scales, bf16* out, i
     __m512i words[2], minus[2];
     for (int i = 0; i < 2; i++) minus[i] = _mm512_set1_epi32(static_cast<int>(kTables.minus[scales[block + i]]));
     decode.seen = _mm512_setzero_si512();
-    decode(_mm512_permutexvar_epi64(order, load_codes(codes + block * kBlock)), minus[0], minus[1], words[0], words[1]);
+    __m512i both = _mm512_permutexvar_epi64(order, load_codes(codes + block * kBlock));
+    decode(both, minus[0], minus[1], words[0], words[1]);
+    words[0] = with_signs(words[0], _mm512_unpacklo_epi8(both, both));
+    words[1] = with_signs(words[1], _mm512_unpackhi_epi8(both, both));
     bool fast = is_fast(scales[block]) && is_fast(scales[block + 1]) && !decode.seen_nan();
     if (__builtin_expect(!fast, false)) {
       dequant_range<kStream>(codes, scales, out, block, block + 2);

@@ -1,0 +1,132 @@
+"""Which kernel computes an operator on the CPU. Arguments are checked already."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
+from . import library
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels call a dtype."""
+_VALUES_IN_FLOAT32 = {torch.float32: 0, torch.bfloat16: 3, torch.float16: 4}
+"""For dequant: values rounded to a dtype, written as float32."""
+_RULES = {"floor": 0, "rceil": 1}
+
+_PANEL_BYTES = 2 << 20
+"""Of a weight that is dequantized in parts, at a time: they stay in the caches."""
+
+
+def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``mxfp8_ops.reference.dequant``."""
+    weight, scale = weight.contiguous(), scale.contiguous()
+    out = torch.empty(weight.shape, dtype=dtype)
+    library.functions().mxfp8_dequant(
+        weight.data_ptr(), scale.data_ptr(), out.data_ptr(), scale.numel(), _CODES[dtype], torch.get_num_threads()
+    )
+    return out
+
+
+def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """See ``mxfp8_ops.reference.quantize``."""
+    x = x.contiguous()
+    weight = torch.empty(x.shape, dtype=ELEMENT_DTYPE)
+    scale = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=SCALE_DTYPE)
+    pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
+    library.functions().mxfp8_quantize(
+        *pointers, scale.numel(), _CODES[x.dtype], _RULES[rule], torch.get_num_threads()
+    )
+    return weight, scale
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``mxfp8_ops.reference.linear``. A few rows of x are multiplied in one pass over the weight; for more, parts of
+    the weight are dequantized into the caches, and torch multiplies them there.
+    """
+    n, k = weight.shape
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    rows = x.numel() // k
+    if rows == 0:
+        return out
+    x = x.reshape(rows, k)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    weight, scale = weight.contiguous(), scale.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    if rows <= most_rows(x.dtype):
+        _one_pass(x, weight, scale, bias, out)
+    else:
+        _by_panels(x, weight, scale, bias, out.view(rows, n))
+    return out
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of x up to which one pass over the weight is the fastest."""
+    return _MOST_ROWS_OF_DOTS if dtype == torch.bfloat16 and library.level() == "avx512_bf16" else _MOST_ROWS
+
+
+_MOST_ROWS = 8
+_MOST_ROWS_OF_DOTS = 32
+
+
+def _one_pass(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Writes the linear of ``x [M, K]``, whose rows are contiguous, into ``out``."""
+    n, k = weight.shape
+    library.functions().mxfp8_linear(
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(x),
+        n,
+        k,
+        _CODES[x.dtype],
+        torch.get_num_threads(),
+    )
+
+
+# --- many rows: panels ---------------------------------------------------------------------------------------
+
+
+def _by_panels(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Writes the linear of ``x [M, K]`` into ``out [M, N]``; the panels are ``[some of N, K]``."""
+    n, k = weight.shape
+    code, threads = _CODES[x.dtype], torch.get_num_threads()
+    a, b = x, bias
+    if not _multiplies(x.dtype):
+        a, b, code = x.float(), None if bias is None else bias.float(), _VALUES_IN_FLOAT32[x.dtype]
+    panel = _buffer(a.dtype, k)
+    dequantize = library.functions().mxfp8_dequant
+    codes, scales, blocks = weight.data_ptr(), scale.data_ptr(), k // BLOCK_SIZE
+    for first in range(0, n, len(panel)):
+        some = panel[: n - first]
+        last = first + len(some)
+        count = len(some) * blocks
+        dequantize(codes + first * k, scales + first * blocks, some.data_ptr(), count, code, threads)
+        result = torch.mm(a, some.t()) if b is None else torch.addmm(b[first:last], a, some.t())
+        out[:, first:last] = result
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of a dtype faster than in float32 on this machine."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+_local = threading.local()
+
+
+def _buffer(dtype: torch.dtype, k: int) -> Tensor:
+    """``[rows, k]``, which this thread uses again and again."""
+    size = max(_PANEL_BYTES // dtype.itemsize, 32 * k)
+    buffers = _local.__dict__
+    if dtype not in buffers or buffers[dtype].numel() < size:
+        buffers[dtype] = torch.empty(size, dtype=dtype)
+    return buffers[dtype][: size // k * k].view(-1, k)
