@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,29 @@ _VALUES_IN_FLOAT32 = {torch.float32: 0, torch.bfloat16: 3, torch.float16: 4}
 """For dequant: values rounded to a dtype, written as float32."""
 _RULES = {"floor": 0, "rceil": 1}
 
+_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+_DOTS = 3  # the last: bfloat16 is multiplied as it is
+
 _PANEL_BYTES = 2 << 20
 """Of a weight that is dequantized in parts, at a time: they stay in the caches."""
+
+
+def _kernels() -> Any:
+    kernels = library.current()
+    assert kernels is not None  # or nobody calls this module
+    return kernels
+
+
+def level() -> str:
+    """The instruction set of the kernels in use."""
+    return _LEVELS[_kernels().mxfp8_level()]
 
 
 def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``mxfp8_ops.reference.dequant``."""
     weight, scale = weight.contiguous(), scale.contiguous()
-    out = torch.empty(weight.shape, dtype=dtype)
-    library.functions().mxfp8_dequant(
+    out = weight.new_empty(weight.shape, dtype=dtype)
+    _kernels().mxfp8_dequant(
         weight.data_ptr(), scale.data_ptr(), out.data_ptr(), scale.numel(), _CODES[dtype], torch.get_num_threads()
     )
     return out
@@ -36,9 +51,7 @@ def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     weight = torch.empty(x.shape, dtype=ELEMENT_DTYPE)
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=SCALE_DTYPE)
     pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
-    library.functions().mxfp8_quantize(
-        *pointers, scale.numel(), _CODES[x.dtype], _RULES[rule], torch.get_num_threads()
-    )
+    _kernels().mxfp8_quantize(*pointers, scale.numel(), _CODES[x.dtype], _RULES[rule], torch.get_num_threads())
     return weight, scale
 
 
@@ -47,48 +60,44 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     the weight are dequantized into the caches, and torch multiplies them there.
     """
     n, k = weight.shape
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     rows = x.numel() // k
+    out = x.new_empty(*x.shape[:-1], n)  # in few steps: what Python does here takes as long as some rows of a weight
     if rows == 0:
         return out
-    x = x.reshape(rows, k)
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    stride = k
+    if not x.is_contiguous():
+        x = x.reshape(rows, k)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        stride = x.stride(0)
     weight, scale = weight.contiguous(), scale.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    if rows <= most_rows(x.dtype):
-        _one_pass(x, weight, scale, bias, out)
-    else:
-        _by_panels(x, weight, scale, bias, out.view(rows, n))
+    bias = None if bias is None else bias.contiguous()
+    kernels = _kernels()
+    if rows > _most_rows(kernels.mxfp8_level(), x.dtype):
+        _by_panels(x.view(rows, k), weight, scale, bias, out.view(rows, n))
+        return out
+    kernels.mxfp8_linear(
+        x.data_ptr(),
+        stride,
+        weight.data_ptr(),
+        scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        n,
+        k,
+        _CODES[x.dtype],
+        torch.get_num_threads(),
+    )
     return out
-
-
-def most_rows(dtype: torch.dtype) -> int:
-    """Rows of x up to which one pass over the weight is the fastest."""
-    return _MOST_ROWS_OF_DOTS if dtype == torch.bfloat16 and library.level() == "avx512_bf16" else _MOST_ROWS
 
 
 _MOST_ROWS = 8
 _MOST_ROWS_OF_DOTS = 32
 
 
-def _one_pass(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Writes the linear of ``x [M, K]``, whose rows are contiguous, into ``out``."""
-    n, k = weight.shape
-    library.functions().mxfp8_linear(
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        len(x),
-        n,
-        k,
-        _CODES[x.dtype],
-        torch.get_num_threads(),
-    )
+def _most_rows(level: int, dtype: torch.dtype) -> int:
+    """Rows of x up to which one pass over the weight is the fastest."""
+    return _MOST_ROWS_OF_DOTS if level == _DOTS and dtype == torch.bfloat16 else _MOST_ROWS
 
 
 # --- many rows: panels ---------------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ def _by_panels(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, ou
     if not _multiplies(x.dtype):
         a, b, code = x.float(), None if bias is None else bias.float(), _VALUES_IN_FLOAT32[x.dtype]
     panel = _buffer(a.dtype, k)
-    dequantize = library.functions().mxfp8_dequant
+    dequantize = _kernels().mxfp8_dequant
     codes, scales, blocks = weight.data_ptr(), scale.data_ptr(), k // BLOCK_SIZE
     for first in range(0, n, len(panel)):
         some = panel[: n - first]

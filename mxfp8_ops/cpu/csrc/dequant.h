@@ -1,6 +1,8 @@
 // dequant: e4m3(code) * 2^(scale - 127), exact in float32, rounded once.
 #pragma once
 
+#include <type_traits>
+
 #include "block.h"
 #include "dot.h"
 #include "problem.h"
@@ -19,11 +21,12 @@ inline void put(T* to, vec a) {
   }
 }
 
-template <bool kStream, class T>
+// Values are rounded to V first, unless that is float32.
+template <bool kStream, class V, class T>
 void dequant_range(const uint8_t* codes, const uint8_t* scales, T* out, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; block++) {
     vec values[kVectors];
-    dequant_block<f32>(codes + block * kBlock, scales[block], values);
+    dequant_block<V>(codes + block * kBlock, scales[block], values);
     for (int i = 0; i < kVectors; i++) put<kStream>(out + block * kBlock + i * kWidth, values[i]);
   }
 }
@@ -51,7 +54,7 @@ void dequant_by_tables(const uint8_t* codes, const uint8_t* scales, bf16* out, i
     words[1] = with_signs(words[1], _mm512_unpackhi_epi8(both, both));
     bool fast = is_fast(scales[block]) && is_fast(scales[block + 1]) && !decode.seen_nan();
     if (__builtin_expect(!fast, false)) {
-      dequant_range<kStream>(codes, scales, out, block, block + 2);
+      dequant_range<kStream, f32>(codes, scales, out, block, block + 2);
       continue;
     }
     for (int i = 0; i < 2; i++) {
@@ -63,30 +66,29 @@ void dequant_by_tables(const uint8_t* codes, const uint8_t* scales, bf16* out, i
       }
     }
   }
-  dequant_range<kStream>(codes, scales, out, block, last);
+  dequant_range<kStream, f32>(codes, scales, out, block, last);
 }
 
 #endif
 
-template <bool kStream, class T>
+template <bool kStream, class V, class T>
 void dequant_some(const uint8_t* codes, const uint8_t* scales, T* out, int64_t first, int64_t last) {
 #if MXFP8_LEVEL >= 3
-  if constexpr (sizeof(T) == 2 && kLowestExact<T> == kLowestExact<bf16>)
-    return dequant_by_tables<kStream>(codes, scales, out, first, last);
+  if constexpr (std::is_same_v<T, bf16>) return dequant_by_tables<kStream>(codes, scales, out, first, last);
 #endif
-  dequant_range<kStream>(codes, scales, out, first, last);
+  dequant_range<kStream, V>(codes, scales, out, first, last);
 }
 
-template <class T>
+template <class V, class T>
 void dequant(const uint8_t* codes, const uint8_t* scales, T* out, int64_t blocks, int threads) {
   int64_t bytes = blocks * kBlock * static_cast<int64_t>(sizeof(T));
   bool streams = bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   in_portions(blocks, kBlock, threads_for(blocks * kBlock, threads), [&](int64_t first, int64_t last) {
     if (streams) {
-      dequant_some<true>(codes, scales, out, first, last);
+      dequant_some<true, V>(codes, scales, out, first, last);
       fence();
     } else {
-      dequant_some<false>(codes, scales, out, first, last);
+      dequant_some<false, V>(codes, scales, out, first, last);
     }
   });
 }

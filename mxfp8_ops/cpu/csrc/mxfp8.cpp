@@ -1,7 +1,7 @@
 // The C ABI of the CPU kernels: the one source file, compiled once a level. Arguments are checked already; pointers may
 // be unaligned, nothing is read past the last byte of any input, and several threads may call at once.
 //
-// dtype: 0 float32, 1 bfloat16, 2 float16. rule: 0 floor, 1 rceil. Sizes in elements.
+// dtype: 0 float32, 1 bfloat16, 2 float16, and for dequant 3 and 4, the values of 1 and 2 as float32. rule: 0 floor, 1 rceil. Sizes in elements.
 #include "dequant.h"
 #include "linear.h"
 #include "quantize.h"
@@ -29,7 +29,9 @@ MXFP8_EXPORT int mxfp8_level(void) { return MXFP8_LEVEL; }
 // out [blocks, 32] from codes [blocks, 32], scales [blocks].
 MXFP8_EXPORT void mxfp8_dequant(const uint8_t* codes, const uint8_t* scales, void* out, int64_t blocks, int dtype,
                                 int threads) {
-  with_dtype(dtype, [&](auto t) { dequant(codes, scales, static_cast<decltype(t)*>(out), blocks, threads); });
+  if (dtype == 3) return dequant<bf16>(codes, scales, static_cast<f32*>(out), blocks, threads);
+  if (dtype == 4) return dequant<f16>(codes, scales, static_cast<f32*>(out), blocks, threads);
+  with_dtype(dtype, [&](auto t) { dequant<f32>(codes, scales, static_cast<decltype(t)*>(out), blocks, threads); });
 }
 
 // codes [blocks, 32], scales [blocks] from x [blocks, 32].
