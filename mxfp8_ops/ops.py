@@ -262,7 +262,7 @@ def _needs_derivative(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _only(*keys: str) -> int:
-    """What the keys of a call that has come to Autograd are where it goes on to a device's kernel directly: there are no
+    """What the keys of a call that has come to Autograd are if it goes on to a device's kernel directly: there are no
     modes, wrappers or lazy tensors, and the second trip through the dispatcher can be spared.
     """
     sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys]
@@ -273,17 +273,23 @@ _AUTOGRAD_AND_CPU = _only("AutogradCPU", "CPU")
 _AUTOGRAD_AND_CUDA = _only("AutogradCUDA", "CUDA")
 
 
+def _nothing_between(keys: Any) -> bool:
+    """Whether a call with these keys goes on to the kernel for CUDA directly."""
+    return keys.raw_repr() == _AUTOGRAD_AND_CUDA
+
+
 def _linear_autograd(keys: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check_frozen(weight)
     if _needs_derivative(x, bias):
         return _Linear.apply(x, weight, scale, bias)
-    only = keys.raw_repr()
-    if only == _AUTOGRAD_AND_CUDA:
+    if _nothing_between(keys):
         out = replay.again("linear", (x, weight, scale, bias))
         if out is not None:
             return out
+    if keys.raw_repr() == _AUTOGRAD_AND_CPU:
+        return _linear_cpu(x, weight, scale, bias)
     with torch._C._AutoDispatchBelowAutograd():
-        return (_linear_cpu if only == _AUTOGRAD_AND_CPU else linear)(x, weight, scale, bias)
+        return linear(x, weight, scale, bias)
 
 
 def _linear_functorch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -293,13 +299,14 @@ def _linear_functorch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
 def _dequant_autograd(keys: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     _check_frozen(weight)
-    only = keys.raw_repr()
-    if only == _AUTOGRAD_AND_CUDA:
+    if _nothing_between(keys):
         out = replay.again("dequant", (weight, scale), dtype)
         if out is not None:
             return out
+    if keys.raw_repr() == _AUTOGRAD_AND_CPU:
+        return _dequant_cpu(weight, scale, dtype)
     with torch._C._AutoDispatchBelowAutograd():
-        return (_dequant_cpu if only == _AUTOGRAD_AND_CPU else dequant)(weight, scale, dtype)
+        return dequant(weight, scale, dtype)
 
 
 def _quantize_autograd(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """See ``mxfp8_ops.reference.linear``. A few rows of x are multiplied in one pass over the weight; for more, parts of
-    the weight are dequantized into the caches, and torch multiplies them there.
+    """See ``mxfp8_ops.reference.linear``. A few rows of x are multiplied in one pass over the weight; for more, parts
+    of the weight are dequantized into the caches, and torch multiplies them there.
     """
     n, k = weight.shape
     rows = x.numel() // k
@@ -135,7 +135,7 @@ _local = threading.local()
 def _buffer(dtype: torch.dtype, k: int) -> Tensor:
     """``[rows, k]``, which this thread uses again and again."""
     size = max(_PANEL_BYTES // dtype.itemsize, 32 * k)
-    buffers = _local.__dict__
+    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("panels", {})
     if dtype not in buffers or buffers[dtype].numel() < size:
         buffers[dtype] = torch.empty(size, dtype=dtype)
     return buffers[dtype][: size // k * k].view(-1, k)
