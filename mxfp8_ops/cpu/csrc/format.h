@@ -61,6 +61,17 @@ inline float scale_value(uint8_t scale) {
   return from_bits(scale == 0 ? 0x00400000u : static_cast<uint32_t>(scale) << 23);
 }
 
+// The code of a value, to nearest even, saturated. Normal ones, 2^-6 and more, are rounded in their bits, which a carry leaves in order: from
+// float32's bias to e4m3's are 120 in the exponent field. Below, adding 2^14 rounds to multiples of 2^-9.
+inline uint8_t code_of(float value) {
+  uint32_t bits = to_bits(value), magnitude = bits & 0x7fffffff;
+  magnitude = magnitude < 0x43e00000u ? magnitude : 0x43e00000u;  // 448
+  uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
+  uint32_t subnormal = to_bits(from_bits(magnitude) + 16384.0f) - to_bits(16384.0f);
+  uint32_t is_normal = magnitude < 0x3c800000u ? 0 : ~0u;  // no branch: compilers do not vectorise one around an addition
+  return static_cast<uint8_t>((normal & is_normal) | (subnormal & ~is_normal) | (bits >> 24 & 0x80));
+}
+
 inline float to_float(f32 x) { return x.value; }
 inline float to_float(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 

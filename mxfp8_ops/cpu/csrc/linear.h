@@ -100,9 +100,9 @@ template <class X, class T>
 const X* packed_x(const Problem<T>& p) {
   static thread_local Buffer buffer;
   int64_t columns = packed_columns(p.k);
-  constexpr int64_t kMostOfATile = 8;
-  X* packed = buffer.at_least<X>((p.m + kMostOfATile) * columns);
-  std::memset(static_cast<void*>(packed + p.m * columns), 0, (kMostOfATile - 1) * columns * sizeof(X));
+  int64_t rows = p.m <= 2 ? p.m : p.m <= 4 ? 4 : (p.m + 7) / 8 * 8;  // of whole tiles
+  X* packed = buffer.at_least<X>(rows * columns);
+  std::memset(static_cast<void*>(packed + p.m * columns), 0, (rows - p.m) * columns * sizeof(X));
   int fit = 1;
 #pragma omp parallel for num_threads(p.threads) reduction(& : fit) if (p.m > 8 && p.threads > 1)
   for (int64_t m = 0; m < p.m; m++) fit &= pack_x(p.x + m * p.stride, p.k, packed + m * columns);

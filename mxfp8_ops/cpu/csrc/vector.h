@@ -5,6 +5,8 @@
 //   stream, fence               store past the caches
 //   mul, fma, sum               fma(a, b, c) = a * b + c
 //   decode(codes, out)          32 elements in order, times 2^-kDecodeExponent, exact but for NaN
+//   encode(in, factor, codes)   the codes of 32 values times factor, which leaves out 2^-kEncodeExponent
+//   largest_bits(in)            the largest of 32 magnitudes, as which their bits are ordered
 //   any_nan(codes)              whether one of 32 codes is NaN
 #pragma once
 

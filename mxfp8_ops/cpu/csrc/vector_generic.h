@@ -10,6 +10,7 @@ typedef uint32_t words __attribute__((vector_size(16)));
 typedef uint8_t bytes __attribute__((vector_size(4)));
 constexpr int kWidth = 4;
 constexpr int kDecodeExponent = 120;
+constexpr int kEncodeExponent = 0;
 
 inline vec zero() { return vec{0, 0, 0, 0}; }
 inline vec set(float value) { return vec{value, value, value, value}; }
@@ -47,6 +48,22 @@ inline void decode(const uint8_t* codes, vec out[8]) {
     words wide = __builtin_convertvector(four, words);
     out[i] = reinterpret_cast<vec>((wide & 0x7f) << 20 | (wide & 0x80) << 24);
   }
+}
+
+inline void encode(const vec in[8], float factor, uint8_t* codes) {
+  float values[kBlock];
+  std::memcpy(values, in, sizeof values);
+  for (int i = 0; i < kBlock; i++) codes[i] = code_of(values[i] * factor);
+}
+
+inline uint32_t largest_bits(const vec in[8]) {
+  uint32_t bits[kBlock], largest = 0;
+  std::memcpy(bits, in, sizeof bits);
+  for (int i = 0; i < kBlock; i++) {
+    uint32_t magnitude = bits[i] & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
 }
 
 inline bool any_nan(const uint8_t* codes) {
