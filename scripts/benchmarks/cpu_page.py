@@ -87,10 +87,10 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
         yield from _linear_table([record for record in records if (record["n"], record["k"]) == (n, k)])
     yield ""
     yield "Canonical: `mxfp8::linear`. Folded: `F.linear` on the dequantized weight. Compiled: `mxfp8::linear` under"
-    yield 'plain `torch.compile`; backend: with `backend="mxfp8"`; both as multiples of the eager call, too. Emulated: the'
-    yield "weight dequantized in every call by torch's operators, as vLLM's emulation does, eagerly and under"
-    yield "`torch.compile`. torchao: float8 weights with a scale a row. Error: relative, in the Frobenius norm, against"
-    yield "the product in float64 with the same weight."
+    yield 'plain `torch.compile`; backend: with `backend="mxfp8"`; both as multiples of the eager call, too.'
+    yield "Emulated: the weight dequantized in every call by torch's operators, as vLLM's emulation does, eagerly and"
+    yield "under `torch.compile`. torchao: float8 weights with a scale a row. Error: relative, in the Frobenius norm,"
+    yield "against the product in float64 with the same weight."
 
 
 def _linear_table(records: Sequence[Record]) -> Iterator[str]:

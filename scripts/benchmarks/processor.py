@@ -7,7 +7,8 @@ import os
 import platform
 from pathlib import Path
 
-CPUS = Path("/sys/devices/system/cpu/cpu0/cache")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_SC_LEVEL3_CACHE_SIZE = 194  # of glibc; Python has no name for it
 
 
 def model() -> str:
@@ -20,7 +21,7 @@ def model() -> str:
     return platform.processor() or platform.machine()
 
 
-def caches(folder: Path = CPUS) -> dict[str, int]:
+def caches(folder: Path = CACHES) -> dict[str, int]:
     """Bytes of every cache of the first core but that for instructions, by its level; where a virtual machine and its
     processor disagree, the larger number.
     """
@@ -31,9 +32,9 @@ def caches(folder: Path = CPUS) -> dict[str, int]:
                 size = (index / "size").read_text().strip()
                 unit = {"K": 1 << 10, "M": 1 << 20}.get(size[-1], 1)
                 found[f"L{(index / 'level').read_text().strip()}"] = int(size.rstrip("KM")) * unit
-    name = "SC_LEVEL3_CACHE_SIZE"
-    if name in os.sysconf_names:
-        found["L3"] = max(found.get("L3", 0), os.sysconf(name))
+    if "CS_GNU_LIBC_VERSION" in os.confstr_names:
+        with contextlib.suppress(OSError, ValueError):
+            found["L3"] = max(found.get("L3", 0), os.sysconf(_SC_LEVEL3_CACHE_SIZE))
     return {name: size for name, size in found.items() if size > 0}
 
 

@@ -43,8 +43,8 @@ def elementwise(device: Device, options: Options) -> Iterator[Record]:
 
 
 def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
-    """The same on the CPU, where memory that nobody has used yet costs more than writing to it: operators, whose results
-    are new, beside a copy that is, and kernels alone beside a copy over old memory.
+    """The same on the CPU, where memory that nobody has used yet costs more than writing to it: operators, whose
+    results are new, beside a copy that is, and kernels alone beside a copy over old memory.
     """
     for n, k in options.shapes:
         moved = n * k * 3 + n * k // 32

@@ -27,7 +27,8 @@ float element_value(uint8_t code) {
 extern "C" int mxfp8_abi(void) { return 1; }
 
 // To float32 alone.
-extern "C" void mxfp8_dequant(const uint8_t* weight, const uint8_t* scale, void* out, int64_t blocks, int, int threads) {
+extern "C" void mxfp8_dequant(const uint8_t* weight, const uint8_t* scale, void* out, int64_t blocks, int dtype, int threads) {
+  if (dtype != 0) return;
 #pragma omp parallel for num_threads(threads)
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t i = block * 32; i < block * 32 + 32; ++i)
