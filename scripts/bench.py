@@ -100,8 +100,6 @@ def check_device(args: argparse.Namespace) -> None:
         wrong = next((name for name in args.sections or () if name not in known.CPU_SECTIONS), None)
         if wrong is not None:
             parser().error(f"argument --sections: invalid choice: {wrong!r} on the CPU")
-        if args.plot is not None:
-            parser().error("argument --plot: not on the CPU")
     elif args.dtype not in known.DTYPES:
         parser().error(f"argument --dtype: invalid choice: {args.dtype!r} on the device {args.device}")
 
