@@ -1,43 +1,53 @@
-// A stand-in: plain loops behind the C ABI of library.py.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// The C ABI of the CPU kernels: the one source file, compiled once a level. Arguments are checked already; pointers may
+// be unaligned, nothing is read past the last byte of any input, and several threads may call at once.
+//
+// dtype: 0 float32, 1 bfloat16, 2 float16, and for dequant 3 and 4, the values of 1 and 2 as float32. rule: 0 floor, 1 rceil. Sizes in elements.
+#include "dequant.h"
+#include "linear.h"
+#include "quantize.h"
+
+#define MXFP8_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float scale_value(uint8_t scale) {
-  return from_bits(scale == 0 ? 0x00400000u : scale == 255 ? 0x7fc00000u : uint32_t(scale) << 23);
-}
-
-float element_value(uint8_t code) {
-  const int exponent = code >> 3 & 15, mantissa = code & 7;
-  float value = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
-  if ((code & 0x7f) == 0x7f) value = NAN;
-  return code & 0x80 ? -value : value;
+// f(a value of the dtype's type)
+template <class F>
+void with_dtype(int dtype, F f) {
+  if (dtype == 0) f(f32{});
+  if (dtype == 1) f(bf16{});
+  if (dtype == 2) f(f16{});
 }
 
 }  // namespace
 
-extern "C" int mxfp8_abi(void) { return 1; }
+// Raised with every change of a signature.
+MXFP8_EXPORT int mxfp8_abi(void) { return 1; }
 
-// To float32 alone.
-extern "C" void mxfp8_dequant(const uint8_t* weight, const uint8_t* scale, void* out, int64_t blocks, int dtype, int threads) {
-  if (dtype != 0) return;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t i = block * 32; i < block * 32 + 32; ++i)
-      static_cast<float*>(out)[i] = element_value(weight[i]) * scale_value(scale[block]);
+// 0 generic, 1 avx2, 2 avx512, 3 avx512_bf16.
+MXFP8_EXPORT int mxfp8_level(void) { return MXFP8_LEVEL; }
+
+// out [blocks, 32] from codes [blocks, 32], scales [blocks].
+MXFP8_EXPORT void mxfp8_dequant(const uint8_t* codes, const uint8_t* scales, void* out, int64_t blocks, int dtype,
+                                int threads) {
+  if (dtype == 3) return dequant<bf16>(codes, scales, static_cast<f32*>(out), blocks, threads);
+  if (dtype == 4) return dequant<f16>(codes, scales, static_cast<f32*>(out), blocks, threads);
+  with_dtype(dtype, [&](auto t) { dequant<f32>(codes, scales, static_cast<decltype(t)*>(out), blocks, threads); });
 }
 
-extern "C" void mxfp8_quantize(const void*, uint8_t*, uint8_t*, int64_t, int, int, int) {}
+// codes [blocks, 32], scales [blocks] from x [blocks, 32].
+MXFP8_EXPORT void mxfp8_quantize(const void* x, uint8_t* codes, uint8_t* scales, int64_t blocks, int dtype, int rule,
+                                 int threads) {
+  with_dtype(dtype, [&](auto t) { quantize(static_cast<const decltype(t)*>(x), codes, scales, blocks, rule, threads); });
+}
 
-extern "C" int mxfp8_linear(const void*, int64_t, const uint8_t*, const uint8_t*, const void*, void*, int64_t, int64_t,
-                            int64_t, int, int) {
-  return 1;
+// out [m, n] = x [m, k] . dequant(codes [n, k], scales [n, k/32]) + bias [n], which may be null; rows of x are x_row_stride
+// elements apart. Returns 0.
+MXFP8_EXPORT int mxfp8_linear(const void* x, int64_t x_row_stride, const uint8_t* codes, const uint8_t* scales,
+                              const void* bias, void* out, int64_t m, int64_t n, int64_t k, int dtype, int threads) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    linear(Problem<T>{static_cast<const T*>(x), x_row_stride, codes, scales, static_cast<const T*>(bias),
+                      static_cast<T*>(out), m, n, k, threads});
+  });
+  return 0;
 }
