@@ -37,7 +37,8 @@ def versions(environment: Record) -> list[str]:
     """What decides about speed."""
     sizes = [f"{name} {size >> 10} KiB" for name, size in environment["caches"].items()]
     threads = environment["threads"]
-    parts = [f"kernels {environment['level']}", f"{threads} thread{'s' * (threads != 1)}", *sizes]
+    parts = [f"kernels {environment['level']}", f"{threads} thread{'s' * (threads != 1)}"]
+    parts += [f"load of the machine before the run {environment['load']}", *sizes]
     parts += [f"weights rotate over {environment['rotated'] >> 20} MiB", f"torch {environment['torch']}"]
     return [*parts, environment["compiler"] or "no C++ compiler", f"Python {environment['python']}"]
 
