@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "block.h"
-#include "dot.h"
 #include "problem.h"
+#include "tables.h"
 
 namespace {
 
@@ -52,7 +52,7 @@ void dequant_by_tables(const uint8_t* codes, const uint8_t* scales, bf16* out, i
     decode(both, minus[0], minus[1], words[0], words[1]);
     words[0] = with_signs(words[0], _mm512_unpacklo_epi8(both, both));
     words[1] = with_signs(words[1], _mm512_unpackhi_epi8(both, both));
-    bool fast = is_fast(scales[block]) && is_fast(scales[block + 1]) && !decode.seen_nan();
+    bool fast = are_within(kTableRange<bf16>, scales + block, 2) && !decode.seen_nan();
     if (__builtin_expect(!fast, false)) {
       dequant_range<kStream, f32>(codes, scales, out, block, block + 2);
       continue;

@@ -1,118 +1,64 @@
-// Level "avx512_bf16": e4m3 to bfloat16 by tables, and linear of few rows by dot products of bfloat16.
+// Level "avx512_bf16": linear of few rows with weights from the tables. x in bfloat16 is multiplied as it is, by dot products
+// of pairs; other x as float32.
 #pragma once
 
 #include "rows.h"
+#include "tables.h"
 
 #if MXFP8_LEVEL >= 3
 
 namespace {
 
-// The tables hold 2^kLift times the value. A scale byte s in [kLowestFast, kHighestFast] is then applied by taking
-// kHighestFast - s from the exponent, in one saturating subtraction of words: only zero saturates, and stays zero.
-constexpr int kLift = 40;
-constexpr int kHighestFast = 127 + kLift;
-constexpr int kLowestFast = 87;
 // vdpbf16ps flushes subnormals. With x at least this large the products are multiples of 2^-126, and so are their sums:
 // the unit of x is 2^-77 then, that of the weights 2^(-9 + 87 - 127).
 constexpr int kLowestExponentOfX = -70;
 
-// A code without its sign to the two bytes of a bfloat16. The high byte has its sign bit set, so that the code's own can
-// be put there by one AND; zero alone has not, and so loses its sign, which no sum shows. NaN sets kNanMark.
-constexpr uint8_t kNanMark = 0x20;  // no other high byte has that bit
+// Columns of packed x: whole pairs of blocks.
+inline int64_t packed_columns(int64_t k) { return (k + 63) / 64 * 64; }
 
-constexpr int field_of(int code) {  // exponent and mantissa, as bfloat16 has them
-  int exponent = code >> 3, mantissa = code & 7;
-  if (exponent == 0) {  // mantissa * 2^-9
-    int leading = mantissa >= 4 ? 2 : mantissa >= 2 ? 1 : 0;
-    return (127 - 9 + leading) << 7 | ((mantissa << (7 - leading)) & 0x7f);
+inline __m512 dot(__m512 total, __m512i a, __m512i b) { return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
+
+// Adds the products of 64 weights and 64 of x.
+inline vec multiply(vec total, __m512i even, __m512i odd, const bf16* x) {
+  return dot(dot(total, even, _mm512_load_si512(x)), odd, _mm512_load_si512(x + 32));
+}
+
+// A bfloat16 is the upper half of a float32.
+inline vec upper(__m512i words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline vec lower(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+
+inline vec multiply(vec total, __m512i even, __m512i odd, const f32* x) {
+  total = fma(lower(even), load(x), total);
+  total = fma(upper(even), load(x + 16), total);
+  total = fma(lower(odd), load(x + 32), total);
+  return fma(upper(odd), load(x + 48), total);
+}
+
+// sums[r][m] = x[m] . dequant(weight[r]), x as pack_x leaves it, for the first `rows` of R rows: the others repeat the last
+// of them. False if a block needs another way: sums are anything then.
+template <int M, int R, class X>
+__attribute__((noinline)) bool dot_tile(const X* x, int64_t stride, const uint8_t* codes, const uint8_t* scales, int rows,
+                                        int64_t k, Range range, float sums[R][M]) {
+  if (!are_within(range, scales, rows * (k / kBlock))) return false;
+  const uint8_t* row[R];
+  const uint8_t* row_scales[R];
+  for (int r = 0; r < R; r++) {
+    row[r] = codes + (r < rows ? r : rows - 1) * k;
+    row_scales[r] = scales + (r < rows ? r : rows - 1) * (k / kBlock);
   }
-  return (127 - 7 + exponent) << 7 | mantissa << 4;
-}
-
-struct Tables {
-  alignas(64) uint8_t high[128] = {};
-  alignas(64) uint8_t low[128] = {};
-  uint32_t minus[256] = {};  // by scale byte, what to take from each of two words
-  constexpr Tables() {
-    for (int code = 1; code < kElementNan; code++) {
-      int word = field_of(code) + (kLift << 7);
-      high[code] = static_cast<uint8_t>(0x80 | word >> 8);
-      low[code] = static_cast<uint8_t>(word);
-    }
-    high[kElementNan] = 0x80 | kNanMark;
-    for (int s = kLowestFast; s <= kHighestFast; s++)
-      minus[s] = static_cast<uint32_t>(kHighestFast - s) << 7 | static_cast<uint32_t>(kHighestFast - s) << 23;
-  }
-};
-constexpr Tables kTables;
-
-// Decodes 64 codes at a time. `seen` collects high bytes.
-struct Decoder {
-  __m512i high0 = _mm512_load_si512(kTables.high), high1 = _mm512_load_si512(kTables.high + 64);
-  __m512i low0 = _mm512_load_si512(kTables.low), low1 = _mm512_load_si512(kTables.low + 64);
-  __m512i seen = _mm512_setzero_si512();
-
-  // 16-byte lanes stay lanes: even[i] of a lane are its codes 0 to 7, odd[i] its codes 8 to 15.
-  inline void operator()(__m512i codes, __m512i minus_even, __m512i minus_odd, __m512i& even, __m512i& odd) {
-    __m512i high = _mm512_permutex2var_epi8(high0, codes, high1);
-    __m512i low = _mm512_permutex2var_epi8(low0, codes, low1);
-    seen = _mm512_or_si512(seen, high);
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(0x7f), 0xe0);  // high & (codes | 0x7f)
-    even = _mm512_subs_epu16(_mm512_unpacklo_epi8(low, high), minus_even);
-    odd = _mm512_subs_epu16(_mm512_unpackhi_epi8(low, high), minus_odd);
-  }
-
-  bool seen_nan() const { return _mm512_test_epi8_mask(seen, _mm512_set1_epi8(kNanMark)) != 0; }
-};
-
-inline __m512i load_codes(const uint8_t* codes, bool half = false) {
-  return half ? _mm512_maskz_loadu_epi8(0xffffffffull, codes) : _mm512_loadu_si512(codes);
-}
-
-// What to subtract from words of two blocks, the first in the lower half.
-inline __m512i minus_of(uint8_t first, uint8_t second) {
-  __m512i both = _mm512_set1_epi32(static_cast<int>(kTables.minus[first]));
-  return _mm512_mask_set1_epi32(both, 0xff00, static_cast<int>(kTables.minus[second]));
-}
-
-inline bool is_fast(uint8_t scale) { return scale >= kLowestFast && scale <= kHighestFast; }
-
-inline bool are_fast(const uint8_t* scales, int64_t count) {
-  __mmask64 beyond = 0;
-  for (int64_t i = 0; i < count; i += 64) {
-    __mmask64 some = count - i < 64 ? (1ull << (count - i)) - 1 : ~0ull;
-    __m512i above = _mm512_sub_epi8(_mm512_maskz_loadu_epi8(some, scales + i), _mm512_set1_epi8(kLowestFast));
-    beyond |= _mm512_mask_cmpgt_epu8_mask(some, above, _mm512_set1_epi8(kHighestFast - kLowestFast));
-  }
-  return beyond == 0;
-}
-
-inline __m512 dot(__m512 total, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
-}
-
-// sums[r][m] = x[m] . dequant(weight[r]), x in the order of pack_x. False if a block needs another way: sums are
-// anything then.
-template <int M, int R>
-inline bool dot_tile(const bf16* x, int64_t stride, const uint8_t* codes, const uint8_t* scales, int64_t k,
-                     float sums[R][M]) {
-  if (!are_fast(scales, R * (k / kBlock))) return false;
   Decoder decode;
-  __m512 total[R][M];
+  vec total[R][M];
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
+    for (int m = 0; m < M; m++) total[r][m] = zero();
   auto step = [&](int64_t column, bool half) {
     for (int r = 0; r < R; r++) {
-      const uint8_t* row = codes + r * k;
-      const uint8_t* pair = scales + r * (k / kBlock) + column / kBlock;
-      prefetch(row, column, k, R);
+      const uint8_t* pair = row_scales[r] + column / kBlock;
+      prefetch(row[r], column, k, R);
       __m512i minus = minus_of(pair[0], pair[half ? 0 : 1]), even, odd;
-      decode(load_codes(row + column, half), minus, minus, even, odd);
-      for (int m = 0; m < M; m++) {
-        const bf16* at = x + m * stride + column;
-        total[r][m] = dot(total[r][m], even, _mm512_load_si512(at));
-        total[r][m] = dot(total[r][m], odd, _mm512_load_si512(at + 32));
-      }
+      decode(load_codes(row[r] + column, half), minus, minus, even, odd);
+      for (int m = 0; m < M; m++) total[r][m] = multiply(total[r][m], even, odd, x + m * stride + column);
     }
   };
   int64_t column = 0;
@@ -123,11 +69,9 @@ inline bool dot_tile(const bf16* x, int64_t stride, const uint8_t* codes, const 
   return !decode.seen_nan();
 }
 
-// Columns of packed x: whole pairs of blocks.
-inline int64_t packed_columns(int64_t k) { return (k + 63) / 64 * 64; }
+// --- x in the order in which Decoder gives weights, padded with zeros -------------------------------------------------
 
-// One row of x in the order in which Decoder gives weights, padded with zeros: of each 64 the pieces of eight
-// 0, 2, 4, 6, 1, 3, 5, 7. False if it holds a value that is too small for dot products.
+// Of each 64 columns the pieces of eight 0, 2, 4, 6, 1, 3, 5, 7. False if a value is too small for dot products.
 inline bool pack_x(const bf16* x, int64_t k, bf16* packed) {
   constexpr int kPiece = 8;
   const __m128i smallest = _mm_set1_epi16((127 + kLowestExponentOfX) << 7), one = _mm_set1_epi16(1);
@@ -141,6 +85,21 @@ inline bool pack_x(const bf16* x, int64_t k, bf16* packed) {
     small |= _mm_cmplt_epu16_mask(_mm_sub_epi16(magnitude, one), _mm_sub_epi16(smallest, one));
   }
   return small == 0;
+}
+
+// As float32: of each two such pieces first the lower words, then the upper ones.
+template <class T>
+bool pack_x(const T* x, int64_t k, f32* packed) {
+  const __m512i lowers = _mm512_setr_epi32(0, 2, 4, 6, 16, 18, 20, 22, 32, 34, 36, 38, 48, 50, 52, 54);
+  for (int64_t column = 0; column < packed_columns(k); column += 64) {
+    f32 values[64] = {};
+    for (int i = 0; i < 64 && column + i < k; i += kWidth) store(values + i, load(x + column + i));
+    for (int i = 0; i < 4; i++) {  // lower, upper of even; lower, upper of odd
+      __m512i from = _mm512_add_epi32(lowers, _mm512_set1_epi32(i % 2 + i / 2 * 8));
+      store(packed + column + 16 * i, _mm512_i32gather_ps(from, as<float>(values), 4));
+    }
+  }
+  return true;
 }
 
 }  // namespace
