@@ -40,6 +40,7 @@ def versions(environment: Record) -> list[str]:
     parts = [f"kernels {environment['level']}", f"{threads} thread{'s' * (threads != 1)}"]
     parts += [f"load of the machine before the run {environment['load']}", *sizes]
     parts += [f"weights rotate over {environment['rotated'] >> 20} MiB", f"torch {environment['torch']}"]
+    parts += [f"torchao {environment['torchao']}"] if environment["torchao"] else []
     return [*parts, environment["compiler"] or "no C++ compiler", f"Python {environment['python']}"]
 
 

@@ -166,7 +166,7 @@ class Cpu(Device):
         found = {"device": processor.model(), "place": self.place, "level": self.level, "caches": self.caches}
         found |= {"threads": torch.get_num_threads(), "rotated": self.rotated_bytes, "torch": torch.__version__}
         found |= {"compiler": build.compiler_version(), "python": platform.python_version()}
-        found |= {"load": round(os.getloadavg()[0], 1)}
+        found |= {"load": round(os.getloadavg()[0], 1), "torchao": others.version_of_torchao()}
         switches = ("MXFP8_CPU_LEVEL", "MXFP8_KERNELS", "OMP_NUM_THREADS")
         return found | {"switches": {name: os.environ[name] for name in switches if name in os.environ}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,14 @@ def columns(weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> dict[str, Ca
     }
     layers = _of_torchao(weights, x.dtype)
     return found | ({"torchao": [lambda layer=layer: layer(x) for layer in layers]} if layers else {})
+
+
+def version_of_torchao() -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version("torchao")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
