@@ -228,6 +228,27 @@ def test_importing_the_package_builds_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_the_operators_warn_once_and_the_reference_answers(compiler: str, tmp_path: Path) -> None:
+    """The second one is there and fails at everything."""
+    program = """
+import warnings, torch, mxfp8_ops
+from mxfp8_ops import ops, reference
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.randn(3, 64)
+    pair = mxfp8_ops.quantize(x)
+    assert torch.equal(mxfp8_ops.linear(x, *pair), reference.linear(x, *pair))
+    assert torch.equal(mxfp8_ops.dequant(*pair), reference.dequant(*pair))
+    print(ops.kernel_name("linear", x.device), *(each.message for each in caught), sep="\\n")
+"""
+    name, *warned = run(program, CXX=compiler, MXFP8_CACHE_DIR=str(tmp_path)).splitlines()
+    assert name == "reference"
+    assert len(warned) == 1
+    assert warned[0].startswith("MXFP8 runs on the slow reference: its kernels for CPUs cannot be built (")
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @COMPILES
 def test_a_forked_process_computes_with_threads_after_its_parent_has() -> None:
     """Torch's own operators would wait there for ever, for threads that only the parent has."""

@@ -33,16 +33,21 @@ class BuildError(Exception):
     """Why there is no library, in one line."""
 
 
-def load(name: str, flags: Sequence[str], abi: int) -> ctypes.CDLL:
+def load(name: str, flags: Sequence[str], abi: int, sources: Path | None = None) -> ctypes.CDLL:
     """The library of a level, compiled for it with ``flags`` unless some process has done so before.
+
+    Args:
+        name: of the level, for people.
+        abi: what its ``mxfp8_abi()`` must return.
+        sources: a folder with other sources than those of the kernels, or one source.
 
     Raises:
         BuildError: it cannot be compiled or loaded.
     """
     if os.name != "posix":
         raise BuildError(f"not on {sys.platform}")
-    compiler = find_compiler()
-    file = f"{name}-{_digest(compiler, flags, abi)}.so"
+    compiler, code = find_compiler(), sources or SOURCES
+    file = f"{name}-{_digest(compiler, flags, abi, code)}.so"
     failure = "no folder for them can be written"
     for folder in cache.private_folders("kernels"):
         library = _open(folder / file, abi)
@@ -52,7 +57,7 @@ def load(name: str, flags: Sequence[str], abi: int) -> ctypes.CDLL:
             with cache.alone(folder / "lock"):
                 library = _open(folder / file, abi)  # by whoever was in here before
                 if library is None:
-                    _compile(compiler, flags, folder / file)
+                    _compile(compiler, flags, code, folder / file)
         except OSError as error:
             failure = f"{folder}: {error.strerror}"
             continue
@@ -83,13 +88,22 @@ def find_compiler() -> list[str]:
     raise BuildError("there is no C++ compiler: install g++, or name one in CXX")
 
 
-def _compile(compiler: Sequence[str], flags: Sequence[str], path: Path) -> None:
+def compiler_version() -> str:
+    """The first line that the compiler says about itself; empty where there is none."""
+    try:
+        told = _version(tuple(find_compiler()))[-1]
+    except BuildError:
+        return ""
+    return told.decode(errors="replace").partition("\n")[0]
+
+
+def _compile(compiler: Sequence[str], flags: Sequence[str], code: Path, path: Path) -> None:
     """Writes the library.
 
     Raises:
         BuildError: the compiler fails. OSError: the folder cannot be written to.
     """
-    sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
+    sources = [str(each) for each in _files(code) if each.suffix == ".cpp"]
     with cache.replacing(path) as unfinished:
         failed = ""
         for openmp in openmp_flags():
@@ -156,19 +170,23 @@ def openmp_of_torch() -> str | None:
 # --- on disk --------------------------------------------------------------------------------------------
 
 
-def _digest(compiler: Sequence[str], flags: Sequence[str], abi: int) -> str:
+def _files(code: Path) -> list[Path]:
+    return [code] if code.is_file() else sorted(each for each in code.iterdir() if each.is_file())
+
+
+def _digest(compiler: Sequence[str], flags: Sequence[str], abi: int, code: Path) -> str:
     """Of everything that decides about the library."""
     found = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        if source.is_file():
-            found.update(f"{source.name} {source.stat().st_size}\n".encode() + source.read_bytes())
+    for source in _files(code):
+        content = source.read_bytes()
+        found.update(f"{source.name} {len(content)}\n".encode() + content)
     parts = (FLAGS, tuple(flags), openmp_flags(), _version(tuple(compiler)), abi, _machine())
     found.update(repr(parts).encode())
     return found.hexdigest()[:24]
 
 
 @functools.cache
-def _version(compiler: tuple[str, ...]) -> tuple[object, ...]:
+def _version(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, bytes]:
     """What tells a compiler from others, also from what the same path holds after an upgrade.
 
     Raises:

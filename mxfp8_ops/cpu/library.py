@@ -82,6 +82,12 @@ def current() -> ctypes.CDLL | None:
         return _choose(word)
 
 
+def level() -> str | None:
+    """The name of the level in force, None where the reference computes. Raises as ``current`` does."""
+    kernels = current()
+    return next((name for name, loaded in _loaded.items() if loaded is kernels), None)
+
+
 def _choose(word: str | None) -> ctypes.CDLL | None:
     names = supported() if word is None else (forced(word),)
     with _loading:
