@@ -110,7 +110,7 @@ def _by_panels(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, ou
     a, b = x, bias
     if not _multiplies(x.dtype):
         a, b, code = x.float(), None if bias is None else bias.float(), _VALUES_IN_FLOAT32[x.dtype]
-    panel = _buffer(a.dtype, k)
+    panel = _buffer(a.dtype, _panel_rows(a.dtype, k), k)
     dequantize = _kernels().mxfp8_dequant
     codes, scales, blocks = weight.data_ptr(), scale.data_ptr(), k // BLOCK_SIZE
     for first in range(0, n, len(panel)):
@@ -132,10 +132,13 @@ def _multiplies(dtype: torch.dtype) -> bool:
 _local = threading.local()
 
 
-def _buffer(dtype: torch.dtype, k: int) -> Tensor:
+def _panel_rows(dtype: torch.dtype, k: int) -> int:
+    return max(32, _PANEL_BYTES // (k * dtype.itemsize))
+
+
+def _buffer(dtype: torch.dtype, rows: int, k: int) -> Tensor:
     """``[rows, k]``, which this thread uses again and again."""
-    size = max(_PANEL_BYTES // dtype.itemsize, 32 * k)
     buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("panels", {})
-    if dtype not in buffers or buffers[dtype].numel() < size:
-        buffers[dtype] = torch.empty(size, dtype=dtype)
-    return buffers[dtype][: size // k * k].view(-1, k)
+    if dtype not in buffers or buffers[dtype].numel() < rows * k:
+        buffers[dtype] = torch.empty(rows * k, dtype=dtype)
+    return buffers[dtype][: rows * k].view(rows, k)

@@ -18,9 +18,13 @@ inline void prefetch(const uint8_t* row, int64_t column, int64_t k, int rows) {
 template <class T, int M, int R, class X>
 inline void rows_tile(const X* x, int64_t stride, const uint8_t* codes, const uint8_t* scales, int64_t k,
                       float sums[R][M]) {
-  vec total[R][M];
+  // In short vectors sums are kept in two parts: one would be less exact than those of others, and its additions would wait
+  // for each other.
+  constexpr int kParts = kVectors >= 8 ? 2 : 1;
+  vec total[R][M][kParts];
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) total[r][m] = zero();
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < kParts; i++) total[r][m][i] = zero();
   for (int64_t block = 0; block < k / kBlock; block++) {
     for (int r = 0; r < R; r++) {
       const uint8_t* row = codes + r * k;
@@ -28,12 +32,14 @@ inline void rows_tile(const X* x, int64_t stride, const uint8_t* codes, const ui
       vec weights[kVectors];
       dequant_block<T>(row + block * kBlock, scales[r * (k / kBlock) + block], weights);
       for (int m = 0; m < M; m++)
-        for (int i = 0; i < kVectors; i++)
-          total[r][m] = fma(weights[i], load(x + m * stride + block * kBlock + i * kWidth), total[r][m]);
+        for (int i = 0; i < kVectors; i++) {
+          vec& part = total[r][m][i % kParts];
+          part = fma(weights[i], load(x + m * stride + block * kBlock + i * kWidth), part);
+        }
     }
   }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) sums[r][m] = sum(total[r][m]);
+    for (int m = 0; m < M; m++) sums[r][m] = sum(kParts == 2 ? add(total[r][m][0], total[r][m][kParts - 1]) : total[r][m][0]);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 //   vec, kWidth                 a vector and its elements
 //   zero, set, load, store      load and store also convert from and to bf16 and f16 (rounding to nearest even)
 //   stream, fence               store past the caches
-//   mul, fma, sum               fma(a, b, c) = a * b + c
+//   add, mul, fma, sum          fma(a, b, c) = a * b + c
 //   decode(codes, out)          32 elements in order, times 2^-kDecodeExponent, exact but for NaN
 //   encode(in, factor, codes)   the codes of 32 values times factor, which leaves out 2^-kEncodeExponent
 //   largest_bits(in)            the largest of 32 magnitudes, as which their bits are ordered

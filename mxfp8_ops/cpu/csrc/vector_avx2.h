@@ -14,6 +14,7 @@ constexpr int kEncodeExponent = 8;
 
 inline vec zero() { return _mm256_setzero_ps(); }
 inline vec set(float value) { return _mm256_set1_ps(value); }
+inline vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
 inline vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline float sum(vec a) {

@@ -14,6 +14,7 @@ constexpr int kEncodeExponent = 0;
 
 inline vec zero() { return vec{0, 0, 0, 0}; }
 inline vec set(float value) { return vec{value, value, value, value}; }
+inline vec add(vec a, vec b) { return a + b; }
 inline vec mul(vec a, vec b) { return a * b; }
 inline vec fma(vec a, vec b, vec c) { return a * b + c; }  // fused where the compiler may and can
 inline float sum(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
