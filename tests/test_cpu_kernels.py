@@ -1,4 +1,4 @@
-"""The C functions of every level that this machine can run: the bits of the reference, and no byte beyond the inputs."""
+"""The C functions of every level that this machine can run: the reference's bits, and no byte beyond the inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_calls import CODES, DTYPES, LEVELS, Calls, calls
+from cpu_calls import DTYPES, LEVELS, Calls, calls
 from helpers import all_codes, assert_same, bits, exact_linear_inputs, float64_values, scaled
 from torch import Tensor
 
@@ -307,7 +307,3 @@ def test_quantize_of_every_value_of_a_short_dtype(level: Calls, rule: str, dtype
     for x in (every, scattered):
         for actual, expected in zip(level.quantize(x, rule), reference.quantize(x, rule), strict=True):
             assert_same(actual, expected)
-
-
-def test_codes_of_dtypes_are_those_of_the_source() -> None:
-    assert CODES == {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -107,7 +107,7 @@ def test_rows_of_x_decide_which_way_a_linear_goes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "_by_panels", lambda *args: ways.append(len(args[0])))
     for dtype in DTYPES:
         ways.clear()
-        most = dispatch._most_rows(LEVELS[0] == "avx512_bf16" and dispatch._DOTS or 0, dtype)
+        most = dispatch._most_rows(dispatch._LEVELS.index(dispatch.level()), dtype)
         for m in (1, most, most + 1):
             x, weight, scale, _ = exact_linear_inputs(m, 7, 64, dtype)
             mxfp8_ops.linear(x, weight, scale)

@@ -164,7 +164,8 @@ def test_linear_is_a_linear_on_the_dequantized_weight(dtype: torch.dtype, with_b
     bias = torch.randn(7, generator=generator).to(dtype) if with_bias else None
     dense = mxfp8_ops.dequant(weight, scale, dtype)
     for example in ranks(x):
-        assert_same(mxfp8_ops.linear(example, weight, scale, bias), F.linear(example, dense, bias))
+        actual, expected = mxfp8_ops.linear(example, weight, scale, bias), F.linear(example, dense, bias)
+        torch.testing.assert_close(actual, expected)  # sums in another order; test_cpu_kernels.py bounds the error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
