@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -17,8 +18,8 @@ _VALUES_IN_FLOAT32 = {torch.float32: 0, torch.bfloat16: 3, torch.float16: 4}
 """For dequant: values rounded to a dtype, written as float32."""
 _RULES = {"floor": 0, "rceil": 1}
 
-_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
-_DOTS = 3  # the last: bfloat16 is multiplied as it is
+_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+_DOTS, _TILES = 3, 4  # from here on bfloat16 is multiplied as it is; and by matrix tiles
 
 _PANEL_BYTES = 2 << 20
 """Of a weight that is dequantized in parts, at a time: they stay in the caches."""
@@ -97,7 +98,9 @@ _MOST_ROWS_OF_DOTS = 32
 
 def _most_rows(level: int, dtype: torch.dtype) -> int:
     """Rows of x up to which one pass over the weight is the fastest."""
-    return _MOST_ROWS_OF_DOTS if level == _DOTS and dtype == torch.bfloat16 else _MOST_ROWS
+    if dtype != torch.bfloat16 or level < _DOTS:
+        return _MOST_ROWS
+    return _MOST_ROWS_OF_DOTS if level == _DOTS else sys.maxsize
 
 
 # --- many rows: panels ---------------------------------------------------------------------------------------

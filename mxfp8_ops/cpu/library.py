@@ -46,15 +46,17 @@ class Level:
     @property
     def flags(self) -> tuple[str, ...]:
         """What compilers call the features."""
-        return tuple(f"-m{feature.replace('_', '')}" for feature in self.features)
+        return tuple(f"-m{name.replace('amx_', 'amx-').replace('_', '')}" for name in self.features)
 
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_DOTS = (*_AVX512, "avx512vbmi", "avx512_bf16")
 LEVELS = {
     level.name: level
     for level in (
-        Level("avx512_bf16", (*_AVX512, "avx512vbmi", "avx512_bf16")),
+        Level("amx_bf16", (*_DOTS, "amx_tile", "amx_bf16")),
+        Level("avx512_bf16", _DOTS),
         Level("avx512", _AVX512),
         Level("avx2", _AVX2),
         Level("generic", ()),
@@ -164,7 +166,14 @@ def cpu_features() -> frozenset[str]:
     except OSError:
         return frozenset()
     flags = [frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
-    return frozenset.intersection(*flags) if flags else frozenset()
+    found = frozenset.intersection(*flags) if flags else frozenset()
+    return found if "amx_tile" not in found or _may_use_tiles() else found - {"amx_tile", "amx_bf16"}
+
+
+def _may_use_tiles() -> bool:
+    """Asks Linux for matrix tiles, which a process must do once: they make what is saved of a thread larger."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _survive_forks(library: ctypes.CDLL) -> None:

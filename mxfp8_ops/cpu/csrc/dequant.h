@@ -83,7 +83,7 @@ template <class V, class T>
 void dequant(const uint8_t* codes, const uint8_t* scales, T* out, int64_t blocks, int threads) {
   int64_t bytes = blocks * kBlock * static_cast<int64_t>(sizeof(T));
   bool streams = bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  in_portions(blocks, kBlock, threads_for(blocks * kBlock, threads), [&](int64_t first, int64_t last) {
+  in_portions(blocks, kBlock, threads_for(blocks * kBlock, threads), kAnyTile, [&](int64_t first, int64_t last) {
     if (streams) {
       dequant_some<true, V>(codes, scales, out, first, last);
       fence();

@@ -3,6 +3,7 @@
 
 #include "problem.h"
 #include "rows.h"
+#include "tiles.h"
 #include "wide.h"
 
 namespace {
@@ -49,7 +50,7 @@ template <class T>
 void linear(const Problem<T>& p) {
   int64_t stride;
   const f32* x = as_float32(p, stride);
-  in_portions(p.n, p.k, threads_for(p.m * p.n * p.k, p.threads), [&](int64_t row, int64_t last) {
+  in_portions(p.n, p.k, threads_for(p.m * p.n * p.k, p.threads), kAnyTile, [&](int64_t row, int64_t last) {
     for (; p.m == 1 && row + 4 <= last; row += 4) write_rows<T, 4>(p, x, stride, row);
     for (; row + 2 <= last; row += 2) write_rows<T, 2>(p, x, stride, row);
     if (row < last) write_rows<T, 1>(p, x, stride, row);
@@ -72,7 +73,7 @@ template <int M, class T, class X>
 void linear_by_dots(const Problem<T>& p, const X* packed, int64_t m) {
   constexpr int R = M <= 4 ? 4 : 2;
   int64_t stride = packed_columns(p.k), last_m = m + M < p.m ? m + M : p.m;
-  in_portions(p.n, p.k, threads_for(M * p.n * p.k, p.threads), [&](int64_t row, int64_t last) {
+  in_portions(p.n, p.k, threads_for(M * p.n * p.k, p.threads), kAnyTile, [&](int64_t row, int64_t last) {
     for (; row < last; row += R) {
       int rows = last - row < R ? static_cast<int>(last - row) : R;
       float sums[R][M];
@@ -116,10 +117,10 @@ void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
   constexpr int R = wide_rows(V), kWidthOfX = V * kRowsOfX;
   int64_t columns = packed_columns(p.k), rows_of_x = p.m - m < kWidthOfX ? p.m - m : kWidthOfX;
   uint32_t* pairs = buffer.at_least<uint32_t>(columns / 2 * kWidthOfX);
-  in_portions(columns / 2, 8 * kWidthOfX, p.threads, [&](int64_t first, int64_t last) {
+  in_portions(columns / 2, 8 * kWidthOfX, p.threads, kAnyTile, [&](int64_t first, int64_t last) {
     pair_x(packed + m * columns, rows_of_x, columns, kWidthOfX, first, last, pairs);
   });
-  in_portions(p.n, p.k, p.threads, [&](int64_t row, int64_t last) {
+  in_portions(p.n, p.k, p.threads, kAnyTile, [&](int64_t row, int64_t last) {
     for (; row < last; row += R) {
       int rows = last - row < R ? static_cast<int>(last - row) : R;
       float sums[R][kWidthOfX];
@@ -130,6 +131,46 @@ void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
     }
   });
 }
+
+// --- matrix tiles ---------------------------------------------------------------------------------------------------
+
+#if MXFP8_LEVEL >= 4
+
+constexpr int64_t kFewestTiled = 3;  // rows of x
+
+// Rows [m, last_m) of x, packed as pack_x leaves them.
+inline void linear_tiled(const Problem<bf16>& p, const bf16* packed, int64_t m, int64_t last_m) {
+  static thread_local Buffer buffer;
+  const int64_t columns = packed_columns(p.k), groups = (last_m - m + kTile - 1) / kTile, group = columns / 2 * kTile;
+  uint32_t* pairs = buffer.at_least<uint32_t>(groups * group);
+#pragma omp parallel for num_threads(p.threads) if (groups > 1 && p.threads > 1)
+  for (int64_t v = 0; v < groups; v++) {
+    int64_t row = m + v * kTile, rows = last_m - row < kTile ? last_m - row : kTile;
+    pair_x(packed + row * columns, rows, columns, kTile, 0, columns / 2, pairs + v * group);
+  }
+  in_portions(p.n, p.k, p.threads, kTileRows, [&](int64_t row, int64_t last) {
+    static thread_local Buffer own;
+    float* sums = own.at_least<float>(kTileRows * groups * kTile);
+    Tiles tiles;
+    for (; row < last; row += kTileRows) {
+      int rows = last - row < kTileRows ? static_cast<int>(last - row) : kTileRows;
+      bool done = tiled_rows(pairs, groups, p.codes_of(row), p.scales_of(row), rows, p.k, sums);
+      if (!done) write_exact(p, m, last_m, row, row + rows);
+      for (int64_t i = m; done && i < last_m; i++)
+        for (int r = 0; r < rows; r++) p.write(i, row + r, sums[r * groups * kTile + i - m]);
+    }
+  });
+}
+
+inline void linear_tiled(const Problem<bf16>& p, const bf16* packed) {
+  int64_t most = kPairBytes / (2 * packed_columns(p.k)) / kTileRows * kTileRows;
+  most = most < kTileRows ? kTileRows : most;
+  for (int64_t m = 0; m < p.m; m += most) linear_tiled(p, packed, m, m + most < p.m ? m + most : p.m);
+}
+
+#endif
+
+// --- which of them --------------------------------------------------------------------------------------------------
 
 template <class T>
 void linear(const Problem<T>& p) {
@@ -145,6 +186,9 @@ void linear<bf16>(const Problem<bf16>& p) {
     for (int64_t m = 0; m < p.m; m += 8) linear_of_few(p, wider, m);
     return;
   }
+#if MXFP8_LEVEL >= 4
+  if (p.m >= kFewestTiled) return linear_tiled(p, packed);
+#endif
   int64_t m = 0;
   for (; p.m - m > 48; m += 64) linear_wide<4>(p, packed, m);
   if (p.m - m > 32) return linear_wide<3>(p, packed, m);

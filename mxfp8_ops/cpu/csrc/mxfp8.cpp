@@ -23,7 +23,7 @@ void with_dtype(int dtype, F f) {
 // Raised with every change of a signature.
 MXFP8_EXPORT int mxfp8_abi(void) { return 1; }
 
-// 0 generic, 1 avx2, 2 avx512, 3 avx512_bf16.
+// 0 generic, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.
 MXFP8_EXPORT int mxfp8_level(void) { return MXFP8_LEVEL; }
 
 // out [blocks, 32] from codes [blocks, 32], scales [blocks].

@@ -58,19 +58,21 @@ inline int threads_for(int64_t work, int threads) {
   return most < threads ? static_cast<int>(most) : threads;
 }
 
-// Rows of a weight in one portion of work: some 100 kB, a multiple of every tile, less where threads would idle.
-inline int64_t portion(int64_t n, int64_t k, int threads) {
-  constexpr int64_t kTiles = 24, kBytes = 96 * 1024;
-  int64_t rows = kTiles * (1 + kBytes / (kTiles * k + 1));
+// Rows of a weight in one portion of work: some 100 kB, a multiple of a tile's rows, less where threads would idle.
+inline int64_t portion(int64_t n, int64_t k, int threads, int64_t tile) {
+  constexpr int64_t kBytes = 96 * 1024;
+  int64_t rows = tile * (1 + kBytes / (tile * k + 1));
   int64_t fair = (n + threads - 1) / threads;
   return rows < fair ? rows : fair;
 }
 
+constexpr int64_t kAnyTile = 24;  // a multiple of the rows of all tiles but those of tiles.h
+
 // f(first, last) on portions of n rows, in threads.
 template <class F>
-void in_portions(int64_t n, int64_t k, int threads, F f) {
+void in_portions(int64_t n, int64_t k, int threads, int64_t tile, F f) {
   if (n == 0) return;
-  int64_t rows = portion(n, k, threads), portions = (n + rows - 1) / rows;
+  int64_t rows = portion(n, k, threads, tile), portions = (n + rows - 1) / rows;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t i = 0; i < portions; i++) f(i * rows, (i + 1) * rows < n ? (i + 1) * rows : n);
 }

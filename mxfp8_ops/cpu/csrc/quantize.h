@@ -37,7 +37,7 @@ inline void quantize_block(const T* x, uint8_t* codes, uint8_t* scale, int rule)
 
 template <class T>
 void quantize(const T* x, uint8_t* codes, uint8_t* scales, int64_t blocks, int rule, int threads) {
-  in_portions(blocks, kBlock, threads_for(blocks * kBlock, threads), [&](int64_t first, int64_t last) {
+  in_portions(blocks, kBlock, threads_for(blocks * kBlock, threads), kAnyTile, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++)
       quantize_block(x + block * kBlock, codes + block * kBlock, scales + block, rule);
   });
