@@ -11,7 +11,7 @@ constexpr int kRowsOfX = 16;   // in a vector
 constexpr int kPanel = 512;    // columns decoded at a time: they stay in the L1 cache
 
 // Rows of the weight in a tile, by vectors of x: as many sums as there are registers for.
-constexpr int wide_rows(int vectors) { return vectors == 1 ? 12 : vectors == 4 ? 6 : 8; }
+constexpr int wide_rows(int vectors) { return vectors == 1 ? 12 : vectors == 4 ? 4 : 8; }
 
 // Decodes columns [first, last) of some rows: panel [rows][kPanel], in the order of pack_x.
 inline void decode_panel(const uint8_t* codes, const uint8_t* scales, int rows, int64_t k, int64_t first, int64_t last,
