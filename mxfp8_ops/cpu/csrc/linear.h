@@ -145,27 +145,30 @@ inline void linear_tiled(const Problem<bf16>& p, const bf16* packed, int64_t m, 
   uint32_t* pairs = buffer.at_least<uint32_t>(groups * group);
 #pragma omp parallel for num_threads(p.threads) if (groups > 1 && p.threads > 1)
   for (int64_t v = 0; v < groups; v++) {
-    int64_t row = m + v * kTile, rows = last_m - row < kTile ? last_m - row : kTile;
+    int64_t row = m + v * kTile, rows = std::min<int64_t>(last_m - row, kTile);
     pair_x(packed + row * columns, rows, columns, kTile, 0, columns / 2, pairs + v * group);
   }
-  in_portions(p.n, p.k, p.threads, kTileRows, [&](int64_t row, int64_t last) {
+  const int64_t together = kTileRows * (groups > 2 ? kTogether : 1), width = groups * kTile;
+  in_portions(p.n, p.k, p.threads, together, [&](int64_t row, int64_t last) {
     static thread_local Buffer own;
-    float* sums = own.at_least<float>(kTileRows * groups * kTile);
+    float* sums = own.at_least<float>(together * width);
     Tiles tiles;
-    for (; row < last; row += kTileRows) {
-      int rows = last - row < kTileRows ? static_cast<int>(last - row) : kTileRows;
-      bool done = tiled_rows(pairs, groups, p.codes_of(row), p.scales_of(row), rows, p.k, sums);
-      if (!done) write_exact(p, m, last_m, row, row + rows);
-      for (int64_t i = m; done && i < last_m; i++)
-        for (int r = 0; r < rows; r++) p.write(i, row + r, sums[r * groups * kTile + i - m]);
+    for (; row < last; row += together) {
+      bool good[kTogether];
+      const int64_t next = std::min(row + together, last);
+      tiled_rows(p, pairs, groups, row, next, sums, good);
+      for (int64_t r = row; r < next; r++) {
+        if (!good[(r - row) / kTileRows]) write_exact(p, m, last_m, r, r + 1);
+      }
+      for (int64_t i = m; i < last_m; i++)
+        for (int64_t r = row; r < next; r++)
+          if (good[(r - row) / kTileRows]) p.write(i, r, sums[(r - row) * width + i - m]);
     }
   });
 }
 
 inline void linear_tiled(const Problem<bf16>& p, const bf16* packed) {
-  int64_t most = kPairBytes / (2 * packed_columns(p.k)) / kTileRows * kTileRows;
-  most = most < kTileRows ? kTileRows : most;
-  for (int64_t m = 0; m < p.m; m += most) linear_tiled(p, packed, m, m + most < p.m ? m + most : p.m);
+  for (int64_t m = 0; m < p.m; m += kMostRows) linear_tiled(p, packed, m, std::min(m + kMostRows, p.m));
 }
 
 #endif

@@ -1,6 +1,7 @@
 // Level "amx_bf16": linear on bfloat16 by matrix tiles, 16 rows of the weight by 16 of x, 32 elements of K at a time.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "wide.h"
@@ -10,9 +11,10 @@
 namespace {
 
 constexpr int kTile = 16;              // rows of a tile, and columns of one of sums
-constexpr int kTileRows = 2 * kTile;   // rows of the weight that are decoded together
+constexpr int kTileRows = 2 * kTile;   // rows of the weight, decoded together
 constexpr int kTileColumns = 32;       // elements of K in a tile of bfloat16
-constexpr int64_t kPairBytes = 1 << 20;  // of x, multiplied by the whole weight before the next: they stay in the L2 cache
+constexpr int kTogether = 4;           // tiles of the weight for which a part of x stays in the L2 cache
+constexpr int64_t kMostRows = 512;     // of x, multiplied by the whole weight before the next
 
 // Eight tiles of 16 rows by 64 bytes: 0 to 3 are sums [r + 2 v], 4 and 5 weights, 6 and 7 pairs of x. A thread keeps what
 // it is told until it lets go, which it must, or the system saves the tiles with it for ever.
@@ -75,23 +77,32 @@ inline void multiply_tiles(const bf16* panel, const uint32_t* pairs, int64_t gro
   compiled_in_order();
 }
 
-// sums[r][m] of 16 `groups` rows of x, pairs [groups][K/2][16][2], by the first `rows` of 32 rows of the weight; the other
-// sums are anything. False as in dot_tile.
-inline bool tiled_rows(const uint32_t* pairs, int64_t groups, const uint8_t* codes, const uint8_t* scales, int rows,
-                       int64_t k, float* sums) {
-  if (!are_within(kTableRange<bf16>, scales, rows * (k / kBlock))) return false;
+// sums[r][m] of 16 `groups` rows of x, pairs [groups][K/2][16][2], by rows [row, last) of the weight, at most kTogether
+// tiles, which take turns with each part of x. Where good[tile] is false, as from dot_tile, the sums are anything.
+inline void tiled_rows(const Problem<bf16>& p, const uint32_t* pairs, int64_t groups, int64_t row, int64_t last, float* sums,
+                       bool good[kTogether]) {
   alignas(64) static thread_local bf16 panel[kTileRows][kPanel];
-  Decoder decode;
-  const int64_t group = packed_columns(k) / 2 * kTile, width = groups * kTile;
-  for (int64_t first = 0; first < k; first += kPanel) {
-    int64_t last = first + kPanel < k ? first + kPanel : k, columns = packed_columns(last - first), v = 0;
-    decode_panel(codes, scales, rows, k, first, last, decode, panel);
+  const int64_t group = packed_columns(p.k) / 2 * kTile, width = groups * kTile;
+  const int64_t tiles = (last - row + kTileRows - 1) / kTileRows;
+  auto rows_of = [&](int64_t tile) { return static_cast<int>(std::min<int64_t>(last - row - tile * kTileRows, kTileRows)); };
+  for (int64_t t = 0; t < tiles; t++)
+    good[t] = are_within(kTableRange<bf16>, p.scales_of(row + t * kTileRows), rows_of(t) * (p.k / kBlock));
+  for (int64_t first = 0; first < p.k; first += kPanel) {
+    const int64_t next = std::min<int64_t>(first + kPanel, p.k), columns = packed_columns(next - first);
     const uint32_t* x = pairs + first / 2 * kTile;
-    for (; v + 2 <= groups; v += 2)
-      multiply_tiles<2>(panel[0], x + v * group, group, columns, sums + v * kTile, width, first == 0);
-    if (v < groups) multiply_tiles<1>(panel[0], x + v * group, group, columns, sums + v * kTile, width, first == 0);
+    for (int64_t t = 0; t < tiles; t++) {
+      if (!good[t]) continue;
+      const int64_t from = row + t * kTileRows;
+      Decoder decode;
+      decode_panel(p.codes_of(from), p.scales_of(from), rows_of(t), p.k, first, next, decode, panel);
+      good[t] = !decode.seen_nan();
+      float* tile_sums = sums + t * kTileRows * width;
+      int64_t v = 0;
+      for (; v + 2 <= groups; v += 2)
+        multiply_tiles<2>(panel[0], x + v * group, group, columns, tile_sums + v * kTile, width, first == 0);
+      if (v < groups) multiply_tiles<1>(panel[0], x + v * group, group, columns, tile_sums + v * kTile, width, first == 0);
+    }
   }
-  return !decode.seen_nan();
 }
 
 }  // namespace
