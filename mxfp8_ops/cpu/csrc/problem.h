@@ -58,9 +58,9 @@ inline int threads_for(int64_t work, int threads) {
   return most < threads ? static_cast<int>(most) : threads;
 }
 
-// Rows of a weight in one portion of work: some 100 kB, a multiple of a tile's rows, less where threads would idle.
+// Rows of a weight in one portion of work: some 250 kB, a multiple of a tile's rows, less where threads would idle.
 inline int64_t portion(int64_t n, int64_t k, int threads, int64_t tile) {
-  constexpr int64_t kBytes = 96 * 1024;
+  constexpr int64_t kBytes = 256 * 1024;
   int64_t rows = tile * (1 + kBytes / (tile * k + 1));
   int64_t fair = (n + threads - 1) / threads;
   return rows < fair ? rows : fair;
