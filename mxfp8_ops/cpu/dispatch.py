@@ -92,7 +92,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out
 
 
-_MOST_ROWS = 12
+_MOST_ROWS = 24
 _MOST_ROWS_OF_DOTS = 32
 
 

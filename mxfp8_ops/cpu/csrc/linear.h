@@ -22,6 +22,9 @@ void write_rows_tile(const Problem<T>& p, const X* x, int64_t stride, int64_t m,
 template <class T, int R, class X>
 void write_rows(const Problem<T>& p, const X* x, int64_t stride, int64_t row) {
   int64_t m = 0;
+  if constexpr (kVectors < 8)  // one row of the weight at a time, but decoded once for more rows of x
+    for (; m + 8 <= p.m; m += 8)
+      for (int r = 0; r < R; r++) write_rows_tile<T, 1, 8>(p, x, stride, m, row + r);
   for (; m + 4 <= p.m; m += 4) write_rows_tile<T, R, 4>(p, x, stride, m, row);
   for (; m + 2 <= p.m; m += 2) write_rows_tile<T, R, 2>(p, x, stride, m, row);
   if (m < p.m) write_rows_tile<T, R, 1>(p, x, stride, m, row);
