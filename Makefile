@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-gpu sanitize browser lint format clean
+.PHONY: help demo bench test test-gpu sanitize sanitize-cpu browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -17,10 +17,10 @@ help: ## show this list
 demo: $(STAMP) ## the main job on real weights: MiniLM in bf16, eager, compiled, folded
 	$(BIN)/python scripts/demo.py
 
-bench: $(STAMP) ## speed on a CUDA device, the quick version; skipped, with the reason, where there is none
+bench: $(STAMP) ## speed, the quick version: on a CUDA device, on the CPU where there is none
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python scripts/bench.py --device cuda --quick; \
-	else echo "bench: skipped, there is no CUDA device"; fi
+	else $(BIN)/python scripts/bench.py --device cpu --quick; fi
 
 test: $(STAMP) browser ## all tests, on WORKERS processes (default 2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -30,6 +30,9 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device; skipped, with the reaso
 
 sanitize: $(STAMP) ## every GPU kernel under compute-sanitizer; skipped, with the reason, where it cannot run
 	@$(BIN)/python scripts/sanitize.py || [ $$? = 2 ]
+
+sanitize-cpu: $(STAMP) ## every CPU kernel under GCC's sanitizers; skipped, with the reason, where they cannot run
+	@$(BIN)/python scripts/sanitize_cpu.py || [ $$? = 2 ]
 
 # Without a browser the tests of the page are skipped, except in CI, where they fail.
 browser: ## Chromium for the tests of the HTML page, from Debian's packages, where there is none

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import gpu, reference, settings
+from . import cpu, gpu, reference, settings
 from .format import (
     BLOCK_SIZE,
     ELEMENT_DTYPE,
@@ -62,6 +62,34 @@ def _linear_kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 for _name, _kernel in (("quantize", _quantize_kernel), ("dequant", _dequant_kernel), ("linear", _linear_kernel)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# --- kernels: CPUs ----------------------------------------------------------------------------------------
+
+
+def _cpu() -> Any:
+    """The kernels of CPUs; None where the reference is to compute."""
+    return cpu.kernels() if settings.kernels() else None
+
+
+def _quantize_cpu(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    check_quantize(x, rule)
+    return (_cpu() or reference).quantize(x, rule)
+
+
+def _dequant_cpu(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    check_pair(weight, scale)
+    check_compute_dtype(dtype, "dtype")
+    return (_cpu() or reference).dequant(weight, scale, dtype)
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, weight, scale, bias)
+    return (_cpu() or reference).linear(x, weight, scale, bias)
+
+
+for _name, _kernel in (("quantize", _quantize_cpu), ("dequant", _dequant_cpu), ("linear", _linear_cpu)):
+    _library.impl(_name, _kernel, "CPU")
 
 
 # --- kernels: CUDA devices ------------------------------------------------------------------------------
@@ -122,6 +150,9 @@ def kernel_name(name: str, device: torch.device) -> str:
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"mxfp8::{name}", key)
     if not own or not settings.kernels():
         return "reference"
+    if device.type == "cpu":
+        host = cpu.kernels()
+        return "reference" if host is None else f"cpu, {host.level()}"
     if device.type != "cuda":
         return device.type
     kernels = gpu.kernels()
@@ -230,14 +261,20 @@ def _needs_derivative(x: Tensor, bias: Tensor | None) -> bool:
     return needs_grad or forward_ad._current_level >= 0
 
 
-_KEY = torch._C.DispatchKey
-_AUTOGRAD_AND_CUDA = (torch._C.DispatchKeySet(_KEY.AutogradCUDA) | torch._C.DispatchKeySet(_KEY.CUDA)).raw_repr()
+def _only(*keys: str) -> int:
+    """What the keys of a call that has come to Autograd are if it goes on to a device's kernel directly: there are no
+    modes, wrappers or lazy tensors, and the second trip through the dispatcher can be spared.
+    """
+    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys]
+    return functools.reduce(lambda one, other: one | other, sets).raw_repr()
+
+
+_AUTOGRAD_AND_CPU = _only("AutogradCPU", "CPU")
+_AUTOGRAD_AND_CUDA = _only("AutogradCUDA", "CUDA")
 
 
 def _nothing_between(keys: Any) -> bool:
-    """Whether a call that has come to Autograd with these keys goes on to the kernel for CUDA directly: there are no
-    modes, wrappers or lazy tensors, and the second trip through the dispatcher can be spared.
-    """
+    """Whether a call with these keys goes on to the kernel for CUDA directly."""
     return keys.raw_repr() == _AUTOGRAD_AND_CUDA
 
 
@@ -245,9 +282,12 @@ def _linear_autograd(keys: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: 
     _check_frozen(weight)
     if _needs_derivative(x, bias):
         return _Linear.apply(x, weight, scale, bias)
-    out = replay.again("linear", (x, weight, scale, bias)) if _nothing_between(keys) else None
-    if out is not None:
-        return out
+    if _nothing_between(keys):
+        out = replay.again("linear", (x, weight, scale, bias))
+        if out is not None:
+            return out
+    if keys.raw_repr() == _AUTOGRAD_AND_CPU:
+        return _linear_cpu(x, weight, scale, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return linear(x, weight, scale, bias)
 
@@ -259,9 +299,12 @@ def _linear_functorch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
 def _dequant_autograd(keys: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     _check_frozen(weight)
-    out = replay.again("dequant", (weight, scale), dtype) if _nothing_between(keys) else None
-    if out is not None:
-        return out
+    if _nothing_between(keys):
+        out = replay.again("dequant", (weight, scale), dtype)
+        if out is not None:
+            return out
+    if keys.raw_repr() == _AUTOGRAD_AND_CPU:
+        return _dequant_cpu(weight, scale, dtype)
     with torch._C._AutoDispatchBelowAutograd():
         return dequant(weight, scale, dtype)
 

@@ -14,7 +14,7 @@ import os
 import torch
 
 from . import environment
-from .environment import AUTOTUNE, CACHE_DIR, DEQUANT_AT_LOAD, KERNELS, MERGE_LINEARS, PACK_AT_LOAD, PASSES
+from .environment import AUTOTUNE, CACHE_DIR, CPU_LEVEL, DEQUANT_AT_LOAD, KERNELS, MERGE_LINEARS, PACK_AT_LOAD, PASSES
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -101,6 +101,13 @@ def cache_dir() -> str | None:
     return os.environ.get(CACHE_DIR) or None
 
 
+def cpu_level() -> str | None:
+    """``MXFP8_CPU_LEVEL``: the instruction set that CPU kernels are to use, None when unset. Which words mean one,
+    ``cpu.library`` knows.
+    """
+    return None if _surely_unset(CPU_LEVEL) else os.environ.get(CPU_LEVEL)
+
+
 def _switch(name: str) -> bool | None:
     if _surely_unset(name):
         return None
@@ -118,7 +125,7 @@ def _surely_unset(name: str) -> bool:
     return data is not None and _ENCODED[name] not in data
 
 
-_ENCODED = {name: getattr(os.environ, "encodekey", str)(name) for name in (*environment.VARIABLES, AUTOTUNE)}
+_ENCODED = {name: getattr(os.environ, "encodekey", str)(name) for name in (*environment.VARIABLES, AUTOTUNE, CPU_LEVEL)}
 
 
 def guard_compiled_graph() -> None:

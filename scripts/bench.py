@@ -1,6 +1,6 @@
 """Speed on a device, measured side by side: of dequant and quantize against a copy, of linear against a kernel that
 only reads the packed bytes (R) and against ``F.linear`` on a dense weight (B), of the host, and over numbers of rows;
-and the memory bandwidth that linear achieves, by Nsight Compute.
+and the memory bandwidth that linear achieves, by Nsight Compute. On the CPU: the first two.
 
 Exit status: 0, 2 for a bad argument or where there is no such device. Missed bars are marked, and are no failure.
 """
@@ -24,6 +24,7 @@ from benchmarks.options import Options, Record, Run, Shape
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
+    check_device(args)
     try:
         check_files(args)
         stored = None if args.from_json is None else known.load(args.from_json)
@@ -41,9 +42,27 @@ def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     new.add_argument("--device", default="cuda", choices=known.DEVICES)
     new.add_argument("--sections", nargs="+", choices=known.SECTIONS, help="default: all, quick: all but bandwidth")
-    new.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="of weights; default: seven of real models")
-    new.add_argument("--rows", nargs="+", type=positive, metavar="M", help="of x; default: 1 2 4 ... 8192")
-    new.add_argument("--dtype", default="bfloat16", choices=known.DTYPES, help="of x and of the dense weights")
+    new.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        metavar="NxK",
+        help="of weights; default: seven of real models, three on the CPU",
+    )
+    new.add_argument(
+        "--rows",
+        "--m",
+        nargs="+",
+        type=positive,
+        metavar="M",
+        help="of x; default: 1 2 4 ... 8192, on the CPU 1 4 16 ... 1024",
+    )
+    new.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=known.CPU_DTYPES,
+        help="of x and of the dense weights; float32: on the CPU",
+    )
     new.add_argument(
         "--no-emulation", action="store_true", help="leave out the weight dequantized by torch in every call"
     )
@@ -75,6 +94,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def check_device(args: argparse.Namespace) -> None:
+    """Not every device can be measured in every way."""
+    if args.device == "cpu":
+        wrong = next((name for name in args.sections or () if name not in known.CPU_SECTIONS), None)
+        if wrong is not None:
+            parser().error(f"argument --sections: invalid choice: {wrong!r} on the CPU")
+    elif args.dtype not in known.DTYPES:
+        parser().error(f"argument --dtype: invalid choice: {args.dtype!r} on the device {args.device}")
+
+
 def failed(reason: object) -> int:
     print(f"bench: {reason}", file=sys.stderr)
     return 2
@@ -93,9 +122,10 @@ def check_files(args: argparse.Namespace) -> None:
 
 def selected(args: argparse.Namespace) -> Options:
     """The options of a run. What is said explicitly counts more than ``--quick``."""
-    shapes = args.shapes or (known.QUICK_SHAPES if args.quick else known.SHAPES)
-    rows = args.rows or (known.QUICK_ROWS if args.quick else known.ROWS)
-    sections = args.sections or (known.QUICK_SECTIONS if args.quick else known.SECTIONS)
+    defaults = known.CPU_DEFAULTS if args.device == "cpu" else known.DEFAULTS
+    every_shape, every_row, every_section = defaults[args.quick]
+    shapes, rows = args.shapes or every_shape, args.rows or every_row
+    sections = args.sections or every_section
     emulated = known.EMULATED_ROWS[:1] if args.quick else known.EMULATED_ROWS
     return Options(
         shapes=tuple(dict.fromkeys(shapes)),
@@ -112,7 +142,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
     import torch  # not needed to show a stored run
     from benchmarks.devices import DEVICES
     from benchmarks.progress import reporter
-    from benchmarks.sections import SECTIONS
+    from benchmarks.sections import CPU_SECTIONS, SECTIONS
 
     missing = DEVICES[args.device].missing()
     if missing is not None:
@@ -124,7 +154,8 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
     today = {"date": str(datetime.date.today()), "command": known.command("bench.py", words)}
     run = Run(device.environment() | today, options, args.json)
     print(f"{run.data['environment']['device']}, {render.header(run.data)}", flush=True)
-    sections = {name: SECTIONS[name] for name in options.sections}
+    known_sections = CPU_SECTIONS if args.device == "cpu" else SECTIONS
+    sections = {name: known_sections[name] for name in options.sections}
     with torch.no_grad(), reporter(sum(section.count(options) for section in sections.values())) as results:
         for name, section in sections.items():
             results.start(name)

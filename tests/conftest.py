@@ -1,4 +1,4 @@
-"""Every test starts alike: no flag, no compiled graph, the lowering off; every session with an empty cache."""
+"""Every test starts alike: no flag, no compiled graph, the lowering off; every session with empty caches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import lowering
 from mxfp8_ops import environment
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that starts them
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="mxfp8-tests-")
-    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", environment.CACHE_DIR):
+        os.environ[variable] = tempfile.mkdtemp(prefix="mxfp8-tests-")
+        atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

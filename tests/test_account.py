@@ -105,7 +105,8 @@ def test_weight_read_by_linear_and_by_dequant_is_unmatched() -> None:
     model = Weight(lambda x, w, s: mxfp8_ops.linear(x, w, s) + x @ mxfp8_ops.dequant(w, s).T)
     (row,) = account(model, rows()).weights
     assert row.action == "unmatched"
-    assert row.kernel == "mxfp8.linear (reference) + mxfp8.dequant (reference) + matmul"
+    kernel = ops.kernel_name("linear", torch.device("cpu"))
+    assert row.kernel == f"mxfp8.linear ({kernel}) + mxfp8.dequant ({kernel}) + matmul"
 
 
 def test_expert_of_a_stack_is_named_by_its_index_and_linked_to_its_own_nodes() -> None:

@@ -8,6 +8,8 @@ import expecttest
 import pytest
 from commands import run
 
+from mxfp8_ops.cpu import dispatch
+
 PACKED = """\
 from models_here import two_layers
 
@@ -22,8 +24,9 @@ def one_packed():
 
 class TestGolden(expecttest.TestCase):
     @pytest.fixture(autouse=True)
-    def in_folder(self, folder: Path) -> None:
-        """The factories are importable."""
+    def in_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The factories are importable, and this machine's instruction set does not show."""
+        monkeypatch.setattr(dispatch, "level", lambda: "avx2")
         (folder / "packed_here.py").write_text(PACKED, encoding="utf-8")
 
     def test_folded_model_prints_the_table_and_the_diff(self) -> None:
@@ -115,7 +118,7 @@ passes: ? s of ? s to compile (?%)
  weight             shape   action      bytes before   bytes after   kernel                                    reason
  -------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------
  w                  32x64   unmatched          2,112         2,112   cpp_fused_dequant_0 + extern_kernels.mm   dequantized in every call for matmul, which is not linear; not folded: the flag is not on
- fc.weight          64x32   kept               2,112         2,112   mxfp8.linear (reference)                  the flag is not on
+ fc.weight          64x32   kept               2,112         2,112   mxfp8.linear (cpu, avx2)                  the flag is not on
  -------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------
  total: 2 weights                              4,224         4,224
 
@@ -140,8 +143,8 @@ torch VERSION, compiled without caches: every graph is generated anew
 
  weight             shape   action   bytes before   bytes after   kernel                     reason
  --------------------------------------------------------------------------------------------------------------
- first.weight       64x64   kept            4,224         4,224   mxfp8.linear (reference)   the flag is not on
- second.weight      32x64   kept            2,112         2,112   mxfp8.linear (reference)   the flag is not on
+ first.weight       64x64   kept            4,224         4,224   mxfp8.linear (cpu, avx2)   the flag is not on
+ second.weight      32x64   kept            2,112         2,112   mxfp8.linear (cpu, avx2)   the flag is not on
  --------------------------------------------------------------------------------------------------------------
  total: 2 weights                           6,336         6,336
 

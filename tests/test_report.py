@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowering import report
 from lowering.report import WeightReport
+from mxfp8_ops import ops
 
 
 def reported(model: nn.Module, x: Tensor, **options: bool) -> list[WeightReport]:
@@ -25,9 +26,10 @@ def test_every_weight_has_name_shape_action_reason_and_bytes() -> None:
     model = Chain()
     size = {name: 64 * n + 2 * n for name, n in (("up", 64), ("down", 32))}
     kept = ("kept", "the flag is not on")
+    kernel = f"mxfp8.linear ({ops.kernel_name('linear', torch.device('cpu'))})"
     assert reported(model, rows()) == [
-        WeightReport("up.weight", (64, 64), *kept, size["up"], size["up"], "mxfp8.linear (reference)"),
-        WeightReport("down.weight", (32, 64), *kept, size["down"], size["down"], "mxfp8.linear (reference)"),
+        WeightReport("up.weight", (64, 64), *kept, size["up"], size["up"], kernel),
+        WeightReport("down.weight", (32, 64), *kept, size["down"], size["down"], kernel),
     ]
     folded = ("folded", "dequantized to bfloat16")
     assert reported(model, rows(), dequant_at_load=True) == [

@@ -11,9 +11,7 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import statistics
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -23,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-from .. import settings
+from .. import cache, settings
 
 Config = TypeVar("Config")
 
@@ -140,12 +138,8 @@ def _device_name(index: int) -> str:
 
 
 def folder() -> Path:
-    """``MXFP8_CACHE_DIR``, else the folder that the system gives to caches of programs."""
-    own = settings.cache_dir()
-    if own:
-        return Path(own).expanduser() / "tuning"
-    system = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(system) if os.path.isabs(system) else Path.home() / ".cache") / "mxfp8_ops" / "tuning"
+    """Where the chosen configurations lie."""
+    return cache.folder("tuning")
 
 
 def _problem(family: str, key: Hashable, device: str, names: list[str]) -> dict[str, Any]:
@@ -185,14 +179,8 @@ def _store(problem: dict[str, Any], chosen: str, times: dict[str, float]) -> Non
     path = _path(problem)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(content, file, indent=1)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        with cache.replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1))
     except OSError as error:
         _warn_once(f"{path} cannot be written ({error})")
 

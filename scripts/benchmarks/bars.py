@@ -1,5 +1,5 @@
-"""The bars of the project: what a time may be at most, as a multiple of R (a kernel that only reads as many bytes as
-the packed weight has) or of B (``F.linear`` on a weight of x's dtype).
+"""The bars of the project: what a time may be at most, as a multiple of R (only reading as many bytes as the quantized
+weight has) or of B (``F.linear`` on a weight of x's dtype), and on the CPU of another column.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .options import SHAPES, Record
+from .options import CPU_SHAPES, SHAPES, Record
 
 SMALL = (4096, 4096)
 WITHOUT_BARS = (1024, 4096)
@@ -50,13 +50,31 @@ BARS = (
 FRACTIONS = {"dequant to bfloat16": 0.92, "dequant to float16": 0.92, "quantize from bfloat16": 0.85}
 """Least fractions of a copy's speed."""
 
+CPU_LEVEL = "avx512_bf16"
+"""Whose kernels the bars of the CPU are for, with x in bfloat16."""
+CPU_BARS = (
+    Bar("canonical", 1, 1, 0.27, "B"),
+    Bar("canonical", 1, 1, 1.25, "R"),  # 80 % of the bandwidth
+    Bar("canonical", 2, 4, 0.40, "B"),
+    Bar("canonical", 5, 16, 0.80, "B"),
+    Bar("canonical", 17, 64, 1.00, "B"),
+    Bar("canonical", 65, 256, 1.06, "B"),
+    Bar("canonical", 257, math.inf, 1.03, "B"),
+    Bar("folded", 1, math.inf, 1.02, "B"),
+    Bar("compiled", 1, math.inf, 1.02, "canonical"),
+    Bar("backend", 1, math.inf, 1.02, "canonical"),
+)
+CPU_FRACTIONS = dict.fromkeys(("dequant to bfloat16", "dequant alone"), 0.80) | dict.fromkeys(
+    ("quantize from bfloat16", "quantize alone"), 1 / 1.5
+)
+
 CLIFF = 1.25
 """A number of rows is a cliff where it takes more than this many times as long as a neighbour."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A measured cell against its bar; ``unit`` is "R", "B", or "copy" for fractions, which must not be less."""
+    """A measured cell against its bar; ``unit`` is a column, or "copy" for fractions, which must not be less."""
 
     column: str
     record: Record
@@ -78,6 +96,9 @@ class Verdict:
 
 def verdicts(record: Record) -> Iterator[Verdict]:
     """Of a record of the section ``linear`` or ``elementwise``, one for each bar that it has to meet."""
+    if record.get("place") == "cpu":
+        yield from _verdicts_on_cpu(record)
+        return
     if "fractions" in record:
         if (record["n"], record["k"]) in SHAPES and (record["n"], record["k"]) != WITHOUT_BARS:
             for column, value in record["fractions"].items():
@@ -87,6 +108,17 @@ def verdicts(record: Record) -> Iterator[Verdict]:
         limit = bar.limit_for(record)
         if limit is not None:
             yield Verdict(bar.column, record, record["ratios"][bar.column][bar.unit], limit, bar.unit)
+
+
+def _verdicts_on_cpu(record: Record) -> Iterator[Verdict]:
+    if (record["n"], record["k"]) not in CPU_SHAPES or (record["level"], record["dtype"]) != (CPU_LEVEL, "bfloat16"):
+        return
+    for column, value in record.get("fractions", {}).items():
+        if column in CPU_FRACTIONS:
+            yield Verdict(column, record, value, CPU_FRACTIONS[column], "copy")
+    for bar in CPU_BARS if "ratios" in record else ():
+        if bar.column in record["ratios"] and bar.first <= record["m"] <= bar.last:
+            yield Verdict(bar.column, record, record["ratios"][bar.column][bar.unit], bar.limit, bar.unit)
 
 
 def missed(record: Record, column: str, units: Iterable[str] = ("R", "B", "copy")) -> Verdict | None:

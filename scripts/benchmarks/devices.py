@@ -12,8 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .options import Record
-from .timing import CudaTimer, Timer
+from mxfp8_ops import ops
+from mxfp8_ops.cpu import build, library
+
+from . import cpu_reading, others, processor
+from .options import Options, Record
+from .timing import Calls, CpuTimer, CudaTimer, Timer
 
 
 class Device(ABC):
@@ -25,6 +29,10 @@ class Device(ABC):
     """More than its caches hold."""
     read_configurations: ClassVar[Sequence[Any]]
     """Ways of ``read``, of which the fastest counts."""
+    packs: ClassVar[bool] = True
+    """Whether there are packed weights; R reads these, else the canonical ones."""
+    units: ClassVar[Sequence[str]] = ("R", "B")
+    """Columns as multiples of which every time of a linear is given."""
 
     def __init__(self, timer: Timer) -> None:
         self.timer = timer
@@ -46,6 +54,14 @@ class Device(ABC):
     @abstractmethod
     def read(self, words: Tensor, configuration: Any) -> None:
         """Reads the int32 tensor and does next to nothing with it."""
+
+    def marks(self, options: Options) -> Record:
+        """What every record says beside its results."""
+        return {}
+
+    def further(self, weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> dict[str, Calls]:
+        """Columns of a linear that only this device has, on canonical weights."""
+        return {}
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         torch.compiler.reset()  # every weight has its own code: no limit of recompiles is met
@@ -114,4 +130,60 @@ class Cuda(Device):
         return {"sm": now, "sm_max": most}
 
 
-DEVICES: dict[str, type[Device]] = {"cuda": Cuda}
+def cpu_level() -> str:
+    """Of the kernels that compute ``mxfp8::linear`` on the CPU."""
+    own = ops.kernel_name("linear", torch.device("cpu")) != "reference"
+    return (library.level() if own else None) or "reference"
+
+
+class Cpu(Device):
+    place = "cpu"
+    read_configurations = (1, 4, "torch")
+    packs = False
+    units = ("R", "B", "canonical")
+
+    def __init__(self, timer: Timer) -> None:
+        super().__init__(timer)
+        self.caches = processor.caches()
+        self.level = cpu_level()
+        self._reader = cpu_reading.reader()
+
+    @classmethod
+    def open(cls) -> Cpu:
+        return cls(CpuTimer())
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None
+
+    @property
+    def rotated_bytes(self) -> int:  # type: ignore[override]
+        """More than four times the last cache, as far as memory goes: a run has every weight in three forms."""
+        largest = max([*self.caches.values(), 8 << 20])
+        return min(4 * largest + 1, processor.available_memory() // 16)
+
+    def environment(self) -> Record:
+        found = {"device": processor.model(), "place": self.place, "level": self.level, "caches": self.caches}
+        found |= {"threads": torch.get_num_threads(), "rotated": self.rotated_bytes, "torch": torch.__version__}
+        found |= {"compiler": build.compiler_version(), "python": platform.python_version()}
+        found |= {"load": round(os.getloadavg()[0], 1), "torchao": others.version_of_torchao()}
+        switches = ("MXFP8_CPU_LEVEL", "MXFP8_KERNELS", "OMP_NUM_THREADS")
+        return found | {"switches": {name: os.environ[name] for name in switches if name in os.environ}}
+
+    def read(self, words: Tensor, configuration: Any) -> None:
+        if configuration == "torch" or self._reader is None:
+            words.sum()
+        else:
+            self._reader(words.data_ptr(), words.numel() // 2, configuration, torch.get_num_threads())
+
+    def marks(self, options: Options) -> Record:
+        return {"place": self.place, "level": self.level, "dtype": options.dtype}
+
+    def further(self, weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> dict[str, Calls]:
+        return others.columns(weights, x)
+
+    def release(self) -> None:
+        pass
+
+
+DEVICES: dict[str, type[Device]] = {"cuda": Cuda, "cpu": Cpu}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import render
+from . import cell
 from .tools import Finished
 
 ROOT = Path(__file__).parent.parent.parent
@@ -93,7 +93,7 @@ def races(reports: Sequence[str]) -> Iterator[str]:
 def page(found: Sequence[Finding], device: str, versions: str) -> str:
     names = ("tool", "verdict", "cases", "errors", "summary", "seconds")
     lines = [f"# {device}, compute-sanitizer", "", versions, "", *METHOD, ""]
-    lines += render.table(names, (each.cells() for each in found))
+    lines += cell.table(names, (each.cells() for each in found))
     for each in found:
         if each.report:
             note = [*RACES, ""] if each.tool == "racecheck" else []

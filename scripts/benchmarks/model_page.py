@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from .cell import table
 from .model_options import CHAINED
 from .options import Record
-from .render import table
 
 MEGABYTE = 1e6
 GIGABYTE = 1e9

@@ -21,11 +21,25 @@ EMULATED_ROWS = (1, 64, 1024)
 """Rows of x for which the emulation is measured: it is slow, and every one of them is a compile."""
 HOST_SHAPE = (1024, 4096)
 
+CPU_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+CPU_ROWS = (1, 4, 16, 64, 256, 1024)
+CPU_QUICK_SHAPES = CPU_SHAPES[:1]
+CPU_QUICK_ROWS = CPU_ROWS[:-1]
+CPU_SECTIONS = ("elementwise", "linear")
+
 SECTIONS = ("elementwise", "linear", "host", "cliffs", "bandwidth")
 QUICK_SECTIONS = SECTIONS[:-1]
 BANDWIDTH_ROWS = (1, 16)
-DEVICES = ("cuda",)
+DEVICES = ("cuda", "cpu")
 DTYPES = ("bfloat16", "float16")
+CPU_DTYPES = (*DTYPES, "float32")
+
+DEFAULTS = {False: (SHAPES, ROWS, SECTIONS), True: (QUICK_SHAPES, QUICK_ROWS, QUICK_SECTIONS)}
+CPU_DEFAULTS = {
+    False: (CPU_SHAPES, CPU_ROWS, CPU_SECTIONS),
+    True: (CPU_QUICK_SHAPES, CPU_QUICK_ROWS, CPU_SECTIONS),
+}
+"""Shapes, rows and sections, by whether the run is to be quick."""
 
 FILES = ("--json", "--markdown", "--plot", "--from-json")
 """Arguments that name one."""

@@ -8,6 +8,7 @@ from typing import Any
 from .options import Record, shapes_of
 
 LINES = {"packed": "#0072b2", "canonical": "#d55e00", "folded": "#009e73"}  # told apart by the colour-blind, too
+"""Of a column that was measured, its colour: there is no packed weight on the CPU."""
 MOST_SHAPES = 6
 TOP = 3.0
 """Times of B at which the axis ends at the latest."""
@@ -34,7 +35,7 @@ def draw(run: Record) -> Any:
     for panel, (n, k) in zip(panels, shapes_of(records)[:MOST_SHAPES], strict=False):
         of_shape = sorted((r for r in records if (r["n"], r["k"]) == (n, k)), key=lambda record: record["m"])
         _panel(panel, f"{n} x {k}", of_shape)
-    highest = max(r["ratios"][name]["B"] for r in records for name in LINES)
+    highest = max(r["ratios"][name]["B"] for r in records for name in LINES if name in r["ratios"])
     figure.axes[0].set_ylim(0, min(TOP, max(1.2, 1.05 * highest)))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -50,11 +51,13 @@ def _panel(panel: Any, title: str, records: list[Record]) -> None:
     rows = [record["m"] for record in records]
     panel.set_visible(True)
     panel.axhline(1, color="#999999", linewidth=1)
-    for name, colour in LINES.items():
+    measured = {name: colour for name, colour in LINES.items() if name in records[0]["ratios"]}
+    for name, colour in measured.items():
         values = [record["ratios"][name]["B"] for record in records]
         panel.plot(rows, values, color=colour, marker="o", markersize=4, linewidth=2, label=name)
+    form = "packed" if "packed" in measured else "canonical"
     floor = [record["ratios"]["R"]["B"] for record in records]
-    panel.plot(rows, floor, color="#333333", linestyle="--", linewidth=1.3, label="R: only reading the packed weight")
+    panel.plot(rows, floor, color="#333333", linestyle="--", linewidth=1.3, label=f"R: only reading the {form} weight")
     panel.set_title(title)
     panel.set_xscale("log", base=2)
     panel.set_xticks(rows, [str(m) for m in rows], fontsize=8, rotation=45 if len(rows) > 8 else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from . import bars
+from . import bars, cell, cpu_page
 from .options import HOST_SHAPE, Record, shapes_of
 
 MOST_ROWS_IN_R = 16
@@ -17,20 +17,22 @@ BASELINES = ("folded", "emulated", "emulated, compiled")
 
 
 def line(section: str, record: Record) -> str:
-    return f"{section:<12}" + _LINES[section](record)
+    lines = cpu_page.LINES if record.get("place") == "cpu" else _LINES
+    return f"{section:<12}" + lines[section](record)
 
 
 def _elementwise_line(record: Record) -> str:
-    cells = [f"{name} {_fraction(record, name)}" for name in record["fractions"]]
-    return f"{_shape(record):<12} of a copy: {', '.join(cells)} | copy {_us(record, 'copy')} us, {_spread(record)}"
+    cells = [f"{name} {cell.fraction(record, name)}" for name in record["fractions"]]
+    copy = f"copy {cell.us(record, 'copy')} us, {cell.spread(record)}"
+    return f"{cell.shape(record):<12} of a copy: {', '.join(cells)} | {copy}"
 
 
 def _linear_line(record: Record) -> str:
     unit = "R" if record["m"] <= MOST_ROWS_IN_R else "B"
-    cells = [f"{name} {_ratio(record, name, unit)}" for name in OURS]
-    cells += [f"{name} {_ratio(record, name, 'B')}" for name in BASELINES if name in record["times"]]
-    times = "  ".join(f"{name} {_us(record, name)}" for name in ("R", "B"))
-    return f"{_shape(record):<12} M={record['m']:<5} {'  '.join(cells)} | us: {times}, {_spread(record)}"
+    cells = [f"{name} {cell.ratio(record, name, unit)}" for name in OURS]
+    cells += [f"{name} {cell.ratio(record, name, 'B')}" for name in BASELINES if name in record["times"]]
+    times = "  ".join(f"{name} {cell.us(record, name)}" for name in ("R", "B"))
+    return f"{cell.shape(record):<12} M={record['m']:<5} {'  '.join(cells)} | us: {times}, {cell.spread(record)}"
 
 
 def _host_line(record: Record) -> str:
@@ -40,7 +42,8 @@ def _host_line(record: Record) -> str:
 def _cliffs_line(record: Record) -> str:
     (largest, ratio), *_ = _cliffs(record, 0)
     found = ", ".join(f"M={m} ({r:.2f})" for m, r in sorted(_cliffs(record, bars.CLIFF))) or "none"
-    return f"{_shape(record):<12} largest ratio to a neighbour {ratio:.2f} at M={largest}; over {bars.CLIFF}: {found}"
+    most = f"largest ratio to a neighbour {ratio:.2f} at M={largest}"
+    return f"{cell.shape(record):<12} {most}; over {bars.CLIFF}: {found}"
 
 
 def _bandwidth_line(record: Record) -> str:
@@ -48,7 +51,7 @@ def _bandwidth_line(record: Record) -> str:
         return f"skipped: {record['skipped']}"
     longest = {name: max(kernels, key=lambda kernel: kernel["us"]) for name, kernels in record["calls"].items()}
     cells = [f"{name} {kernel['gbs']:.0f} GB/s ({kernel['percent']:.0f}%)" for name, kernel in longest.items()]
-    return f"{_shape(record):<12} M={record['m']:<5} {'  '.join(cells)}"
+    return f"{cell.shape(record):<12} M={record['m']:<5} {'  '.join(cells)}"
 
 
 _LINES = {
@@ -65,21 +68,32 @@ _LINES = {
 
 def markdown(run: Record) -> str:
     """The page of a run, complete or not."""
-    lines = [f"# {run['environment']['device']}", "", header(run), "", *_method(run), "", *_verdict(run)]
+    on_cpu = _is_of_cpu(run)
+    method, pages = (cpu_page.method(run), cpu_page.PAGES) if on_cpu else (_method(run), _PAGES)
+    lines = [f"# {run['environment']['device']}", "", header(run), "", *method, "", *_verdict(run)]
     for section, records in run["sections"].items():
         if records:
-            lines += ["", *_PAGES[section](records)]
+            lines += ["", *pages[section](records)]
     return "\n".join(lines) + "\n"
 
 
 def header(run: Record) -> str:
     environment = run["environment"]
+    parts = cpu_page.versions(environment) if _is_of_cpu(run) else _versions(environment)
+    parts += [f"{name}={value}" for name, value in environment.get("switches", {}).items()]
+    return ", ".join([*parts, environment["date"], f"`{environment['command']}`"])
+
+
+def _versions(environment: Record) -> list[str]:
     parts = [f"torch {environment['torch']}", f"triton {environment['triton']}", f"CUDA {environment['cuda']}"]
     clocks = environment.get("clocks")
     if clocks:
         parts.append(f"SM clock {clocks['sm']} MHz under load, at most {clocks['sm_max']} MHz")
-    parts += [f"{name}={value}" for name, value in environment.get("switches", {}).items()]
-    return ", ".join([*parts, environment["date"], f"`{environment['command']}`"])
+    return parts
+
+
+def _is_of_cpu(run: Record) -> bool:
+    return run["environment"].get("place") == "cpu"
 
 
 def summary(run: Record) -> str:
@@ -111,10 +125,12 @@ def _elementwise_page(records: Sequence[Record]) -> Iterator[str]:
     yield "Time of a copy of as many bytes over the operator's, so 100% is the speed of a copy, and more is better."
     yield ""
     names = list(records[0]["fractions"])
-    yield from _head("N x K", *names, "copy, us", *(f"{name}, us" for name in names), "spread")
+    yield from cell.head("N x K", *names, "copy, us", *(f"{name}, us" for name in names), "spread")
     for record in records:
-        times = [_us(record, name) for name in ("copy", *names)]
-        yield _row(_spaced(record), *(_fraction(record, name) for name in names), *times, _spread(record))
+        times = [cell.us(record, name) for name in ("copy", *names)]
+        yield cell.row(
+            cell.spaced(record), *(cell.fraction(record, name) for name in names), *times, cell.spread(record)
+        )
 
 
 def _linear_page(records: Sequence[Record]) -> Iterator[str]:
@@ -127,10 +143,10 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     rows = sorted({record["m"] for record in records})
     for name, title in (("packed", "`linear_packed`"), ("canonical", "`linear`, on the canonical weight")):
         yield from ("", f"### {title}", "")
-        yield from _head("M", *(f"{n} x {k}" for n, k in shapes))
+        yield from cell.head("M", *(f"{n} x {k}" for n, k in shapes))
         for m in rows:
             found = [by_cell.get((*shape, m)) for shape in shapes]
-            yield _row(str(m), *("" if record is None else _ratios(record, name) for record in found))
+            yield cell.row(str(m), *("" if record is None else _ratios(record, name) for record in found))
     for n, k in shapes:
         yield from ("", f"### {n} x {k}", "")
         yield from _linear_table([record for record in records if (record["n"], record["k"]) == (n, k)])
@@ -144,16 +160,16 @@ def _linear_table(records: Sequence[Record]) -> Iterator[str]:
     baselines = [name for name in BASELINES if any(name in record["times"] for record in records)]
     timed = ("R", "B", *OURS)
     errors = ("packed", "canonical", "B")
-    yield from _head(
+    yield from cell.head(
         "M", *OURS, *baselines, *(f"{name}, us" for name in timed), "spread", *(f"error of {name}" for name in errors)
     )
     for record in records:
-        yield _row(
+        yield cell.row(
             str(record["m"]),
             *(_ratios(record, name) for name in OURS),
-            *(_ratio(record, name, "B") if name in record["times"] else "" for name in baselines),
-            *(_us(record, name) for name in timed),
-            _spread(record),
+            *(cell.ratio(record, name, "B") if name in record["times"] else "" for name in baselines),
+            *(cell.us(record, name) for name in timed),
+            cell.spread(record),
             *(f"{record['errors'][name]:.2e}" for name in errors),
         )
 
@@ -166,9 +182,9 @@ def _host_page(records: Sequence[Record]) -> Iterator[str]:
     yield "the device; the best of several batches. Kernels that take less time than this gain from CUDA graphs."
     yield ""
     names = list(records[0]["us"])
-    yield from _head("", *(f"`{name}`" for name in names))
+    yield from cell.head("", *(f"`{name}`" for name in names))
     for record in records:
-        yield _row(f"`{record['mode']}`", *(f"{record['us'][name]:.1f}" for name in names))
+        yield cell.row(f"`{record['mode']}`", *(f"{record['us'][name]:.1f}" for name in names))
 
 
 def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
@@ -180,16 +196,16 @@ def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
         rows = sorted(map(int, record["times"]))
         (largest, ratio), *_ = _cliffs(record, 0)
         yield ""
-        yield f"{_spaced(record)}, M = {_series(rows)}: the largest ratio is {ratio:.2f}, at M={largest}."
+        yield f"{cell.spaced(record)}, M = {_series(rows)}: the largest ratio is {ratio:.2f}, at M={largest}."
         found = sorted(_cliffs(record, bars.CLIFF))
         if found:
             yield ""
-            yield from _head("M", "ratio", "us", "us before", "us after")
+            yield from cell.head("M", "ratio", "us", "us before", "us after")
             for m, each in found:
                 i = rows.index(m)
                 around = [rows[j] if 0 <= j < len(rows) else None for j in (i, i - 1, i + 1)]
                 times = ["" if at is None else f"{record['times'][str(at)]['us']:.2f}" for at in around]
-                yield _row(str(m), f"{each:.2f}", *times)
+                yield cell.row(str(m), f"{each:.2f}", *times)
 
 
 def _bandwidth_page(records: Sequence[Record]) -> Iterator[str]:
@@ -202,12 +218,12 @@ def _bandwidth_page(records: Sequence[Record]) -> Iterator[str]:
     yield "the time that it takes, and how much of what memory can do at most it uses, for reading and for writing."
     yield ""
     kernels = (
-        (_spaced(record), str(record["m"]), name, kernel)
+        (cell.spaced(record), str(record["m"]), name, kernel)
         for record in records
         for name, launched in record["calls"].items()
         for kernel in launched
     )
-    yield from table(
+    yield from cell.table(
         ("N x K", "M", "call", "kernel", "us", "MB read", "GB/s", "of peak"),
         ((*cells, f"`{kernel['kernel']}`", *_traffic(kernel)) for *cells, kernel in kernels),
     )
@@ -229,39 +245,9 @@ _PAGES = {
 # --- cells ---------------------------------------------------------------------------------------------------
 
 
-def _shape(record: Record) -> str:
-    return f"{record['n']}x{record['k']}"
-
-
-def _spaced(record: Record) -> str:
-    return f"{record['n']} x {record['k']}"
-
-
-def _us(record: Record, column: str) -> str:
-    return f"{record['times'][column]['us']:.2f}"
-
-
-def _spread(record: Record) -> str:
-    return f"{max(time['spread'] for time in record['times'].values()):.1f}%"
-
-
-def _fraction(record: Record, column: str) -> str:
-    verdict = bars.missed(record, column)
-    value = record["fractions"][column]
-    return bars.fraction(value) if verdict is None else bars.fraction(value, verdict.limit) + "!"
-
-
 def _ratios(record: Record, column: str) -> str:
     units = ("R", "B") if record["m"] <= MOST_ROWS_IN_R else ("B",)
-    return ", ".join(_ratio(record, column, unit) for unit in units)
-
-
-def _ratio(record: Record, column: str, unit: str) -> str:
-    verdict = bars.missed(record, column, (unit,))
-    value = record["ratios"][column][unit]
-    if verdict is None:
-        return f"{bars.ratio(value)} {unit}"
-    return f"{bars.ratio(value, verdict.limit)} {unit}!"
+    return ", ".join(cell.ratio(record, column, unit) for unit in units)
 
 
 def _cliffs(record: Record, over: float) -> list[tuple[int, float]]:
@@ -272,20 +258,6 @@ def _cliffs(record: Record, over: float) -> list[tuple[int, float]]:
 
 def _series(rows: Sequence[int]) -> str:
     return f"{rows[0]}, {rows[1]}, ..., {rows[-1]}"
-
-
-def table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    yield from _head(*names)
-    yield from (_row(*cells) for cells in rows)
-
-
-def _head(*cells: str) -> Iterator[str]:
-    yield _row(*cells)
-    yield "|" + "---|" * len(cells)
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _barred(run: Record) -> Iterable[Record]:

@@ -1,4 +1,4 @@
-"""What is measured: five sections, each a generator of records (see ``SECTIONS`` at the end)."""
+"""What is measured: sections, each a generator of records (see ``SECTIONS`` at the end)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mxfp8_ops
 
+from . import cpu_kernels
 from .bandwidth import bandwidth
 from .devices import Device
 from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Record, Shape
@@ -41,6 +42,31 @@ def elementwise(device: Device, options: Options) -> Iterator[Record]:
         device.release()
 
 
+def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
+    """The same on the CPU, where memory that nobody has used yet costs more than writing to it: operators, whose
+    results are new, beside a copy that is, and kernels alone beside a copy over old memory.
+    """
+    for n, k in options.shapes:
+        moved = n * k * 3 + n * k // 32
+        copies = device.copies(moved)
+        pairs = torch.ones(copies, 2, moved // 2, dtype=torch.uint8)
+        dense = [_dense(device, n, k, torch.bfloat16) for _ in range(copies)]
+        weights = [mxfp8_ops.quantize(each) for each in dense]
+        columns = {
+            "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
+            "copy to new memory": [lambda pair=pair: pair[1].clone() for pair in pairs],
+            "dequant to bfloat16": [lambda w=w: mxfp8_ops.dequant(*w, torch.bfloat16) for w in weights],
+            "dequant to float16": [lambda w=w: mxfp8_ops.dequant(*w, torch.float16) for w in weights],
+            "quantize from bfloat16": [lambda d=d: mxfp8_ops.quantize(d) for d in dense],
+        }
+        alone = cpu_kernels.columns(weights, dense)
+        times = _times(device, columns | alone, options)
+        copy = {name: times["copy" if name in alone else "copy to new memory"]["us"] for name in times}
+        fractions = {n: round(copy[n] / times[n]["us"], 4) for n in times if not n.startswith("copy")}
+        yield {"n": n, "k": k, "bytes": moved, "times": times, "fractions": fractions, **device.marks(options)}
+        del pairs, dense, weights, columns, alone
+
+
 def linear(device: Device, options: Options) -> Iterator[Record]:
     """Everything that multiplies, side by side, once for each shape and number of rows."""
     for shape in options.shapes:
@@ -49,7 +75,7 @@ def linear(device: Device, options: Options) -> Iterator[Record]:
         emulate = device.compile(emulated_linear) if options.emulated else None
         for m in options.rows:
             x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
-            columns = {"R": reads, **_multiplications(weights, x)}
+            columns = {"R": reads, **_multiplications(weights, x), **device.further([w.canonical for w in weights], x)}
             if emulate is not None and m in options.emulated:
                 columns["emulated"] = [lambda w=w, x=x: emulated_linear(x, *w.canonical) for w in weights]
                 columns["emulated, compiled"] = [lambda w=w, x=x, f=emulate: f(x, *w.canonical) for w in weights]
@@ -60,10 +86,11 @@ def linear(device: Device, options: Options) -> Iterator[Record]:
                 "m": m,
                 "times": times,
                 "ratios": {
-                    name: {unit: round(times[name]["us"] / times[unit]["us"], 4) for unit in ("R", "B")}
+                    name: {unit: round(times[name]["us"] / times[unit]["us"], 4) for unit in device.units}
                     for name in columns
                 },
                 "errors": _errors(weights[0], x),
+                **device.marks(options),
             }
             del x, columns
         del weights, reads
@@ -119,18 +146,29 @@ def emulated_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight in every form: ``dense [N, K]`` as it was, canonical ``(weight, scale)``, packed, and dequantized."""
+    """One weight in every form: ``dense [N, K]`` as it was, canonical ``(weight, scale)``, packed where the device has
+    that, and dequantized. ``stored``: the bytes of the packed weight, or of the canonical one, in one piece.
+    """
 
     dense: Tensor
     canonical: tuple[Tensor, Tensor]
-    packed: Tensor
+    packed: Tensor | None
     folded: Tensor
+    stored: Tensor
 
     @staticmethod
     def random(device: Device, shape: Shape, dtype: torch.dtype) -> Weight:
         dense = _dense(device, *shape, dtype)
         canonical = mxfp8_ops.quantize(dense)
-        return Weight(dense, canonical, mxfp8_ops.pack(*canonical), mxfp8_ops.dequant(*canonical, dtype))
+        folded = mxfp8_ops.dequant(*canonical, dtype)
+        if device.packs:
+            packed = mxfp8_ops.pack(*canonical)
+            return Weight(dense, canonical, packed, folded, packed)
+        weight, scale = canonical
+        stored = torch.cat([weight.view(torch.uint8).flatten(), scale.flatten()])
+        weight, scale = stored[: weight.numel()], stored[weight.numel() :]
+        canonical = weight.view(torch.float8_e4m3fn).view(shape), scale.view(shape[0], -1)
+        return Weight(dense, canonical, None, folded, stored.view(torch.int32))
 
 
 def _dense(device: Device, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -150,9 +188,11 @@ def _dtype(options: Options) -> torch.dtype:
 
 def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Calls]:
     n = weights[0].dense.shape[0]
+    packed = [w.packed for w in weights if w.packed is not None]
+    of_packed = {"packed": [lambda p=p: mxfp8_ops.linear_packed(x, p, n) for p in packed]} if packed else {}
     return {
         "B": [lambda w=w: F.linear(x, w.dense) for w in weights],
-        "packed": [lambda w=w: mxfp8_ops.linear_packed(x, w.packed, n) for w in weights],
+        **of_packed,
         "canonical": [lambda w=w: mxfp8_ops.linear(x, *w.canonical) for w in weights],
         "folded": [lambda w=w: F.linear(x, w.folded) for w in weights],
     }
@@ -160,7 +200,7 @@ def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Calls]:
 
 def _fastest_read(device: Device, weights: list[Weight], options: Options) -> Calls:
     ways = {
-        str(way): [lambda w=w, way=way: device.read(w.packed, way) for w in weights]
+        str(way): [lambda w=w, way=way: device.read(w.stored, way) for w in weights]
         for way in device.read_configurations
     }
     times = _times(device, ways, options)
@@ -179,7 +219,7 @@ def _errors(weight: Weight, x: Tensor) -> dict[str, float]:
     exact = x[rows].double() @ mxfp8_ops.dequant(*weight.canonical, torch.float32).double().T
     dense = x[rows].double() @ weight.dense.double().T
     expected = {"packed": exact, "canonical": exact, "B": dense}
-    return {name: float(f"{(results[name] - e).norm() / e.norm():.3e}") for name, e in expected.items()}
+    return {n: float(f"{(results[n] - e).norm() / e.norm():.3e}") for n, e in expected.items() if n in results}
 
 
 @dataclass(frozen=True)
@@ -190,10 +230,15 @@ class Section:
     count: Callable[[Options], int]
 
 
+_LINEAR = Section(linear, lambda options: len(options.shapes) * len(options.rows))
 SECTIONS = {
     "elementwise": Section(elementwise, lambda options: len(options.shapes)),
-    "linear": Section(linear, lambda options: len(options.shapes) * len(options.rows)),
+    "linear": _LINEAR,
     "host": Section(host, lambda options: 2),
     "cliffs": Section(cliff, lambda options: 1),
     "bandwidth": Section(bandwidth, lambda options: len(options.shapes) * len(BANDWIDTH_ROWS)),
+}
+CPU_SECTIONS = {
+    "elementwise": Section(elementwise_on_cpu, lambda options: len(options.shapes)),
+    "linear": _LINEAR,
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 Call: TypeAlias = Callable[[], object]
@@ -18,6 +19,8 @@ MOST_ROTATIONS = 32
 HOST_CALLS = 200
 """Launched in a row: fewer than fit into the device's queue, so that the host never waits."""
 HOST_BATCHES = 9
+ROUND_SECONDS = 0.05
+"""What a column takes in a round on the CPU at least, if it can with every weight once."""
 
 
 class Timer(Protocol):
@@ -125,3 +128,35 @@ class CudaTimer:
 
 def _microseconds(start: Any, end: Any) -> float:
     return start.elapsed_time(end) * 1000
+
+
+class CpuTimer:
+    """Times calls by the clock. In every round a column goes on with the weights that come after those it has had."""
+
+    def interleaved(self, columns: Mapping[str, Calls], replays: int) -> dict[str, list[float]]:
+        counts = {name: self._count(calls) for name, calls in columns.items()}
+        turns = {name: itertools.cycle(calls) for name, calls in columns.items()}
+        times: dict[str, list[float]] = {name: [] for name in columns}
+        for i in range(replays):
+            for name in list(columns)[:: 1 if i % 2 == 0 else -1]:  # none always comes after the same one
+                times[name].append(self._microseconds(itertools.islice(turns[name], counts[name]), counts[name]))
+        return times
+
+    def host(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        best = dict.fromkeys(calls, math.inf)
+        for _ in range(HOST_BATCHES):
+            for name, call in calls.items():
+                best[name] = min(best[name], self._microseconds([call] * HOST_CALLS, HOST_CALLS))
+        return best
+
+    def _count(self, calls: Calls) -> int:
+        """Calls in a round. The first one compiles."""
+        calls[0]()
+        seconds = self._microseconds(calls[-1:], 1) / 1e6
+        return max(1, min(len(calls), math.ceil(ROUND_SECONDS / seconds)))
+
+    def _microseconds(self, calls: Iterable[Call], count: int) -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) * 1e6 / count

@@ -1,0 +1,38 @@
+"""The CPU's elementwise kernels without their operators: on memory that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mxfp8_ops.cpu import library
+
+from .timing import Calls
+
+BFLOAT16, RCEIL = 1, 1
+"""As the kernels number them."""
+
+
+def columns(weights: Sequence[tuple[Tensor, Tensor]], dense: Sequence[Tensor]) -> dict[str, Calls]:
+    """Named "dequant alone" and "quantize alone", in bfloat16; none where the reference computes."""
+    kernels = library.current()
+    if kernels is None:
+        return {}
+    threads = torch.get_num_threads()
+    outs = [torch.zeros_like(each) for each in dense]
+    quantized = [(torch.zeros_like(w.view(torch.uint8)), torch.zeros_like(s)) for w, s in weights]
+
+    def dequant(weight: Tensor, scale: Tensor, out: Tensor) -> None:
+        pointers = weight.data_ptr(), scale.data_ptr(), out.data_ptr()
+        kernels.mxfp8_dequant(*pointers, scale.numel(), BFLOAT16, threads)
+
+    def quantize(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+        pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
+        kernels.mxfp8_quantize(*pointers, scale.numel(), BFLOAT16, RCEIL, threads)
+
+    return {
+        "dequant alone": [lambda w=w, o=o: dequant(*w, o) for w, o in zip(weights, outs, strict=True)],
+        "quantize alone": [lambda d=d, q=q: quantize(d, *q) for d, q in zip(dense, quantized, strict=True)],
+    }
