@@ -47,10 +47,10 @@ def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="bench_model.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
     )
-    new.add_argument("--device", default="cuda", choices=known.DEVICES, help="cpu: needs --tiny, for fewer sections")
+    new.add_argument("--device", default="cuda", choices=known.DEVICES, help="cpu: a smaller model, fewer sections")
     new.add_argument("--sections", nargs="+", choices=known.SECTIONS, help="default: all that the device has")
     new.add_argument("--variants", nargs="+", choices=known.VARIANTS, default=known.VARIANTS, help="of the model")
-    new.add_argument("--layers", type=positive, default=default.layers, help="of the model; default: 32")
+    new.add_argument("--layers", type=positive, help="of the model; default: 32, on the CPU 8")
     new.add_argument("--batches", nargs="+", type=positive, default=default.batches, metavar="N", help="default: 1 16")
     new.add_argument("--prompt", type=positive, default=default.prompt, metavar="TOKENS", help="default: 64")
     new.add_argument("--steps", type=positive, default=default.steps, metavar="TOKENS", help="decoded; default: 128")
@@ -99,14 +99,12 @@ def selected(args: argparse.Namespace) -> ModelOptions:
     impossible = sorted(set(wanted) - set(possible))
     if impossible:
         raise ValueError(f"the sections {', '.join(impossible)} need a CUDA device")
-    if args.device == "cpu" and not args.tiny and set(wanted) & set(known.NEED_TRANSFORMERS):
-        raise ValueError("on the CPU the model must be --tiny")
     return ModelOptions(
         device=args.device,
         sections=tuple(name for name in known.SECTIONS if name in wanted),
         variants=tuple(name for name in known.VARIANTS if name in args.variants),
         rows=tuple(dict.fromkeys(args.rows)),
-        layers=args.layers,
+        layers=args.layers or known.LAYERS[args.device],
         batches=tuple(dict.fromkeys(args.batches)),
         prompt=args.prompt,
         steps=args.steps,

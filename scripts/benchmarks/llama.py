@@ -1,4 +1,4 @@
-"""A model of Llama-3-8B's shape with random weights, the same in every process, in each variant."""
+"""A model of Llama-3-8B's shape, or a smaller one, with random weights, the same in every process, in each variant."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192,
 }
+SMALL = SIZES | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+"""For CPUs: of TinyLlama's shape."""
 TINY = SIZES | {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -40,7 +47,7 @@ STANDARD_DEVIATION = 0.02
 
 def build(options: ModelOptions, variant: str, layers: int | None = None) -> Any:
     """The model of a variant, not compiled. The dense one has the values of the MXFP8 weights."""
-    sizes = TINY if options.tiny else SIZES
+    sizes = TINY if options.tiny else SMALL if options.device == "cpu" else SIZES
     config = transformers.LlamaConfig(
         num_hidden_layers=options.layers if layers is None else layers,
         tie_word_embeddings=False,

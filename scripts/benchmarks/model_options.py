@@ -17,6 +17,8 @@ TRACED = ("kept", "emulation")
 DEVICES = ("cuda", "cpu")
 MODES = ("reduce-overhead", "default")
 
+LAYERS = {"cuda": 32, "cpu": 8}
+"""Of the whole model, by device."""
 START_LAYERS = 4
 PEAK_WAYS = ("folded", "frozen", "packed")
 CHAINED = 64
@@ -45,7 +47,7 @@ class ModelOptions:
     variants: Sequence[str] = VARIANTS
     rows: Sequence[int] = (1, 16, 64, 256)
     merge_rows: Sequence[int] = (1, 16)
-    layers: int = 32
+    layers: int = LAYERS["cuda"]
     batches: Sequence[int] = (1, 16)
     prompt: int = 64
     steps: int = 128

@@ -67,7 +67,8 @@ def _merge_page(records: Sequence[Record], options: Record) -> Iterator[str]:
 
 def _model_page(records: Sequence[Record], options: Record) -> Iterator[str]:
     head = "and lm_head are MXFP8" if options["quantize_head"] else "are MXFP8, lm_head is not"
-    size = "A tiny Llama" if options["tiny"] else "A model of Llama-3-8B's shape"
+    shape = "TinyLlama" if options["device"] == "cpu" else "Llama-3-8B"
+    size = "A tiny Llama" if options["tiny"] else f"A model of {shape}'s shape"
     yield f"{size} with {options['layers']} layers and random weights; its linears {head}. One compiled step"
     yield f"on a static cache decodes greedily: {options['steps']} tokens after {options['prompt'] + 1}, the median of"
     yield f"{options['repeats']} times. The variant bf16 has plain linears with the values of the MXFP8 weights, and"
