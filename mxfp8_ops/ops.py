@@ -152,7 +152,7 @@ def kernel_name(name: str, device: torch.device) -> str:
         return "reference"
     if device.type == "cpu":
         host = cpu.kernels()
-        return "reference" if host is None else f"cpu, {host.level()}"
+        return "reference" if host is None else f"cpu, {host.library.level()}"
     if device.type != "cuda":
         return device.type
     kernels = gpu.kernels()

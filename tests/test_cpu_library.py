@@ -40,11 +40,11 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_levels_need_ever_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(library.LEVELS) == ["avx512_bf16", "avx512", "avx2", "generic"]
+    assert list(library.LEVELS) == ["amx_bf16", "avx512_bf16", "avx512", "avx2", "generic"]
     levels = list(library.LEVELS.values())
     for better, worse in itertools.pairwise(levels):
         assert set(better.features) > set(worse.features)
-    assert "-mavx512bf16" in levels[0].flags
+    assert {"-mavx512bf16", "-mamx-bf16"} < set(levels[0].flags)
     assert levels[-1].flags == ()
 
 
@@ -54,7 +54,7 @@ def test_levels_need_ever_less(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Another one: its architecture, and what its /proc/cpuinfo says."""
-    made = SimpleNamespace(architecture="x86_64", cpuinfo="")
+    made = SimpleNamespace(architecture="x86_64", cpuinfo="", tiles=True)
 
     def read_text(path: Path) -> str:
         assert path == Path("/proc/cpuinfo")
@@ -64,6 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     monkeypatch.setattr(library.platform, "machine", lambda: made.architecture)
     monkeypatch.setattr(library.Path, "read_text", read_text)
+    monkeypatch.setattr(library, "_may_use_tiles", lambda: made.tiles)
     library.cpu_features.cache_clear()
     yield made
     library.cpu_features.cache_clear()
@@ -81,6 +82,7 @@ AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq"
 @pytest.mark.parametrize(
     ("text", "best"),
     [
+        (cpuinfo(f"{AVX512} avx512vbmi avx512_bf16 amx_tile amx_bf16"), "amx_bf16"),
         (cpuinfo(f"{AVX512} avx512vbmi avx512_bf16 avx512_vnni"), "avx512_bf16"),
         (cpuinfo(f"{AVX512} avx512_bf16"), "avx512"),
         (cpuinfo(AVX512), "avx512"),
@@ -99,6 +101,11 @@ def test_the_best_level_is_one_whose_every_feature_is_there(machine, text: str |
     assert library.supported() == tuple(names[names.index(best) :])
 
 
+def test_matrix_tiles_need_the_permission_of_the_system(machine: SimpleNamespace) -> None:
+    machine.cpuinfo, machine.tiles = cpuinfo(f"{AVX512} avx512vbmi avx512_bf16 amx_tile amx_bf16"), False
+    assert library.supported()[0] == "avx512_bf16"
+
+
 def test_other_architectures_have_the_portable_level(machine: SimpleNamespace) -> None:
     machine.architecture, machine.cpuinfo = "aarch64", "processor\t: 0\nFeatures\t: fp asimd avx2 fma f16c\n"
     assert library.supported() == ("generic",)
@@ -110,7 +117,7 @@ def test_other_architectures_have_the_portable_level(machine: SimpleNamespace) -
 @pytest.mark.parametrize("word", ["", "avx", "avx2 ", "sse2", "on"])
 def test_a_word_that_is_no_level_is_an_error_at_every_call(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, word)
-    expected = f"{VARIABLE} must be one of avx512_bf16, avx512, avx2, generic, got {word!r}"
+    expected = f"{VARIABLE} must be one of amx_bf16, avx512_bf16, avx512, avx2, generic, got {word!r}"
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
             cpu.kernels()

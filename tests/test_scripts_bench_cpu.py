@@ -148,7 +148,10 @@ def test_another_level_than_that_of_the_bars_is_named(
     monkeypatch.setattr(room("devices"), "cpu_level", lambda: "avx2")
     page = tmp_path / "run.md"
     assert bench.main([*ARGUMENTS, "--no-emulation", "--markdown", str(page)]) == 0
-    assert "The bars of the project are for kernels of the level avx512_bf16. These are avx2." in page.read_text()
+    assert (
+        "The bars of the project are for kernels of the levels amx_bf16, avx512_bf16. These are avx2."
+        in page.read_text()
+    )
     assert "No bar of the project applies" in page.read_text()
     assert "emulated" not in page.read_text().replace("emulated.", "").partition("Emulated")[0]
 
@@ -257,7 +260,7 @@ def test_columns_take_turns_and_go_on_with_the_weights(bench: ModuleType, monkey
     }
     times = timing.CpuTimer().interleaved(columns, 3)
     assert times == {"slow": pytest.approx([80_000] * 3), "fast": pytest.approx([20_000] * 3)}
-    assert done[4:] == ["s0", "f0", "f1", "f2", "f3", "f0", "f1", "s1", "s2", "f2", "f3", "f0"]
+    assert done[4:] == ["s0", "f2", "f3", "f0", "f1", "f2", "f3", "s1", "s2", "f0", "f1", "f2"]
 
 
 def test_caches_are_read_as_the_system_tells_them(bench: ModuleType, tmp_path: Path, monkeypatch) -> None:

@@ -18,7 +18,7 @@ import lowering
 import mxfp8_ops
 from lowering import passes, report
 from mxfp8_ops import environment, ops, settings
-from mxfp8_ops.cpu import dispatch
+from mxfp8_ops.cpu import library as kernels
 
 WAYS: list[Callable[..., Callable[..., Tensor]]] = [
     lambda model: torch.compile(model, backend="mxfp8", fullgraph=True),
@@ -115,7 +115,7 @@ def test_kernel_name_is_the_device_own_only_while_kernels_are_on(monkeypatch: py
         library.impl("named", lambda x: x, "CompositeExplicitAutograd")
         assert ops.kernel_name("named", cpu) == "reference"
         library.impl("named", lambda x: x, "CPU")
-        assert ops.kernel_name("named", cpu) == f"cpu, {dispatch.level()}"
+        assert ops.kernel_name("named", cpu) == f"cpu, {kernels.level()}"
         assert ops.kernel_name("named", meta) == "reference"
         monkeypatch.setenv("MXFP8_KERNELS", "off")
         assert ops.kernel_name("named", cpu) == "reference"

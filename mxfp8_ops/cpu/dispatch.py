@@ -18,8 +18,8 @@ _VALUES_IN_FLOAT32 = {torch.float32: 0, torch.bfloat16: 3, torch.float16: 4}
 """For dequant: values rounded to a dtype, written as float32."""
 _RULES = {"floor": 0, "rceil": 1}
 
-_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-_TILES = 4  # the last: bfloat16 is multiplied by matrix tiles
+_TILES = 4
+"""What ``mxfp8_level()`` gives where bfloat16 is multiplied by matrix tiles."""
 
 _PANEL_BYTES = 2 << 20
 """Of a weight that is dequantized in parts, at a time: they stay in the caches."""
@@ -29,11 +29,6 @@ def _kernels() -> Any:
     kernels = library.current()
     assert kernels is not None  # or nobody calls this module
     return kernels
-
-
-def level() -> str:
-    """The instruction set of the kernels in use."""
-    return _LEVELS[_kernels().mxfp8_level()]
 
 
 def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ BARS = (
 FRACTIONS = {"dequant to bfloat16": 0.92, "dequant to float16": 0.92, "quantize from bfloat16": 0.85}
 """Least fractions of a copy's speed."""
 
-CPU_LEVEL = "avx512_bf16"
+CPU_LEVELS = ("amx_bf16", "avx512_bf16")
 """Whose kernels the bars of the CPU are for, with x in bfloat16."""
 CPU_BARS = (
     Bar("canonical", 1, 1, 0.27, "B"),
@@ -111,7 +111,9 @@ def verdicts(record: Record) -> Iterator[Verdict]:
 
 
 def _verdicts_on_cpu(record: Record) -> Iterator[Verdict]:
-    if (record["n"], record["k"]) not in CPU_SHAPES or (record["level"], record["dtype"]) != (CPU_LEVEL, "bfloat16"):
+    if (record["n"], record["k"]) not in CPU_SHAPES or record["level"] not in CPU_LEVELS:
+        return
+    if record["dtype"] != "bfloat16":
         return
     for column, value in record.get("fractions", {}).items():
         if column in CPU_FRACTIONS:

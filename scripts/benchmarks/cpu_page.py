@@ -49,9 +49,9 @@ def method(run: Record) -> Iterator[str]:
     yield f"Medians over {options['replays']} rounds, in which calls rotate through weights that together are larger"
     yield "than the caches. What stands in one row was measured in turns: every column once, then all again. The spread"
     yield "is the largest interquartile range of a row, in percent of its median."
-    if level != bars.CPU_LEVEL:
+    if level not in bars.CPU_LEVELS:
         yield ""
-        yield f"The bars of the project are for kernels of the level {bars.CPU_LEVEL}. These are {level}."
+        yield f"The bars of the project are for kernels of the levels {', '.join(bars.CPU_LEVELS)}. These are {level}."
 
 
 def _elementwise_page(records: Sequence[Record]) -> Iterator[str]:
