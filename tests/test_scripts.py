@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_readme_example_gives_what_it_says(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     differences, *report = result.stdout.splitlines()
-    assert differences.count("tensor(0.") == 2
+    found = [float(number) for number in re.findall(r"tensor\(([^,)]+)", differences)]
+    assert len(found) == 2
+    assert max(found) <= 2**-8  # of bfloat16 values below 1: sums in another order round otherwise
     assert sum("folded" in line for line in report) == 2
     assert report[-1].startswith("total: 2 weights")
