@@ -8,7 +8,7 @@ import expecttest
 import pytest
 from commands import run
 
-from mxfp8_ops.cpu import dispatch
+from mxfp8_ops.cpu import library
 
 PACKED = """\
 from models_here import two_layers
@@ -26,7 +26,7 @@ class TestGolden(expecttest.TestCase):
     @pytest.fixture(autouse=True)
     def in_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The factories are importable, and this machine's instruction set does not show."""
-        monkeypatch.setattr(dispatch, "level", lambda: "avx2")
+        monkeypatch.setattr(library, "level", lambda: "avx2")
         (folder / "packed_here.py").write_text(PACKED, encoding="utf-8")
 
     def test_folded_model_prints_the_table_and_the_diff(self) -> None:
