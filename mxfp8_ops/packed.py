@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, packing, reference
+from . import derivatives, ops, packing, reference
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_bias, check_compute_dtype, check_pair
 from .gpu import replay
 from .ops import _TAGS, _library
@@ -108,7 +108,7 @@ def _linear_packed_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) 
 
 
 def _pack_autograd(weight: Tensor, scale: Tensor) -> Tensor:
-    ops._check_frozen(weight)
+    derivatives.check_frozen(weight)
     with torch._C._AutoDispatchBelowAutograd():
         return pack(weight, scale)
 
@@ -130,16 +130,16 @@ class _LinearPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ops._gradients(ctx, grad, lambda: unpack(*ctx.saved_tensors, *ctx.shape))
+        return derivatives.gradients(ctx, grad, lambda: unpack(*ctx.saved_tensors, *ctx.shape))
 
 
 def _linear_packed_autograd(keys: Any, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
     if forward_ad._current_level >= 0:
         return _linear_unpacked(x, packed, n, bias)
-    if ops._needs_derivative(x, bias):
+    if derivatives.needs_derivative(x, bias):
         _check_linear_packed(x, packed, n, bias)
         return _LinearPacked.apply(x, packed, n, bias)
-    out = replay.again("linear_packed", (x, packed, bias), n) if ops._nothing_between(keys) else None
+    out = replay.again("linear_packed", (x, packed, bias), n) if derivatives.goes_on_to_cuda(keys) else None
     if out is not None:
         return out
     with torch._C._AutoDispatchBelowAutograd():
@@ -152,12 +152,12 @@ def _linear_unpacked(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> 
 
 
 def _linear_packed_autocast(device: str, key: str, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Any:
-    return ops._under_autocast(device, key, linear_packed, x, bias, lambda x, bias: (x, packed, n, bias))
+    return derivatives.under_autocast(device, key, linear_packed, x, bias, lambda x, bias: (x, packed, n, bias))
 
 
 _library.impl("pack", _pack_autograd, "Autograd")
 _library.impl("unpack", _unpack_autograd, "Autograd")
 _library.impl("linear_packed", _linear_packed_autograd, "Autograd", with_keyset=True)
 _library.impl("linear_packed", _linear_unpacked, "FuncTorchDynamicLayerFrontMode")
-for _device, _key in ops.AUTOCAST_KEYS:
+for _device, _key in derivatives.AUTOCAST_KEYS:
     _library.impl("linear_packed", functools.partial(_linear_packed_autocast, _device, _key), _key)

@@ -20,7 +20,7 @@ import test_gpu_launch
 from test_gpu_launch import BOX, Device, OnDevice, add, copy, hooked, plain
 
 import mxfp8_ops
-from mxfp8_ops import ops
+from mxfp8_ops import derivatives
 from mxfp8_ops.gpu import dispatch, replay
 from mxfp8_ops.gpu.launch import launch
 
@@ -355,7 +355,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Asked
 
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
-    monkeypatch.setattr(ops, "_AUTOGRAD_AND_CUDA", keys.raw_repr())
+    monkeypatch.setattr(derivatives, "_AUTOGRAD_AND_CUDA", keys.raw_repr())
     monkeypatch.setattr(replay, "again", again)
 
 
