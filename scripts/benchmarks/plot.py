@@ -28,11 +28,13 @@ def draw(run: Record) -> Any:
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
     records = run["sections"]["linear"]
-    figure = Figure(figsize=(15, 8.5), layout="constrained")
-    panels = list(figure.subplots(2, 3, sharey=True).flat)
+    shapes = shapes_of(records)[:MOST_SHAPES]
+    down = -(-len(shapes) // 3)
+    figure = Figure(figsize=(15, 0.7 + 3.9 * down), layout="constrained")
+    panels = list(figure.subplots(down, 3, sharey=True).flat)
     for panel in panels:
         panel.set_visible(False)
-    for panel, (n, k) in zip(panels, shapes_of(records)[:MOST_SHAPES], strict=False):
+    for panel, (n, k) in zip(panels, shapes, strict=False):
         of_shape = sorted((r for r in records if (r["n"], r["k"]) == (n, k)), key=lambda record: record["m"])
         _panel(panel, f"{n} x {k}", of_shape)
     highest = max(r["ratios"][name]["B"] for r in records for name in LINES if name in r["ratios"])
