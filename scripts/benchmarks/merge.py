@@ -64,7 +64,7 @@ def records(options: ModelOptions) -> Iterator[tuple[str, Record]]:
         }
         us = compiled.medians(compiled.device_times(calls, options.rounds), BLOCKS)
         apart, merged = (_result(calls[name]) for name in ("apart", "merged"))
-        error = float(((merged - apart).abs().max() / apart.abs().max()).item())
+        error = float(((merged - apart).norm() / apart.norm()).item())
         yield "merge", {"m": m, "us": us, "error": error, "cudagraph_skips": compiled.cudagraph_skips()}
 
 

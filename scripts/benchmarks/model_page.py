@@ -58,7 +58,7 @@ def _blocks_page(records: Sequence[Record], options: Record) -> Iterator[str]:
 
 def _merge_page(records: Sequence[Record], options: Record) -> Iterator[str]:
     yield "The linears of four blocks of Llama-3-8B under reduce-overhead: microseconds a block. Kept with linears on"
-    yield "the same x apart, and merged. The error is the largest difference between the two over the largest value."
+    yield "the same x apart, and merged. The error is the norm of the difference between the two over the norm."
     yield ""
     names = list(records[0]["us"])
     rows = ([str(r["m"]), *(f"{r['us'][name]:.1f}" for name in names), f"{r['error']:.1e}"] for r in records)
