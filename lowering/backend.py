@@ -29,8 +29,8 @@ class Options:
             weight raises, its compiled graphs and their recompiles keep working.
         pack_at_load: beats ``MXFP8_PACK_AT_LOAD`` unless None: whether weights that are not folded are packed for the
             kernels of GPUs. If neither says so, they are where those kernels read packed weights.
-        merge_linears: beats ``MXFP8_MERGE_LINEARS`` unless None: whether linears on the same x become
-            one. If neither says so, they do on GPUs.
+        merge_linears: beats ``MXFP8_MERGE_LINEARS`` unless None: whether linears on the same x become one. If neither
+            says so, they do on GPUs.
     """
 
     dequant_at_load: bool | None = None

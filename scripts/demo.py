@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -133,7 +134,7 @@ def main() -> int:
             return Run(label, lambda: embed(model, batch), weight_bytes, eager)
 
         def by_reference(**batch: Tensor) -> Any:
-            with without_kernels():
+            with patch.dict(os.environ, {environment.KERNELS: "off"}):
                 return packed(**batch)
 
         def run_compiled(label: str, dequant_at_load: bool) -> tuple[Run, GraphReport]:
@@ -193,18 +194,6 @@ def steps(console: Console, total: int) -> Iterator[Callable[[str], Any]]:
             progress.advance(task)
 
         yield step
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    before = os.environ.get(environment.KERNELS)
-    os.environ[environment.KERNELS] = "off"
-    try:
-        yield
-    finally:
-        os.environ.pop(environment.KERNELS)
-        if before is not None:
-            os.environ[environment.KERNELS] = before
 
 
 def embed(model: Model, batch: dict[str, Tensor]) -> Tensor:

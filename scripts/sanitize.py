@@ -83,16 +83,11 @@ def missing(sanitizer: str | None, markdown: Path | None) -> str | None:
 
 def work(share: int, shares: int) -> int:
     """Runs every case, or one of several shares of them."""
-    import torch
+    from benchmarks.case import run_all
     from benchmarks.cases import cases
 
     warnings.filterwarnings("error", message="MXFP8 weights are dequantized")  # what it says is not what is checked
-    done = 0
-    for case in itertools.islice(cases(), share, None, shares):
-        print(case.name, flush=True)  # the last one is where the worker hangs or fails
-        torch.manual_seed(0)
-        case.run()
-        done += 1
+    done = run_all(itertools.islice(cases(), share, None, shares))
     print(f"sanitize: {done} cases are right", flush=True)
     return 0
 

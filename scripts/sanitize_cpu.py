@@ -92,20 +92,14 @@ def check(level: str, args: argparse.Namespace, preloaded: Sequence[str]) -> int
 
 def work(small: bool, sources: Path | None) -> int:
     """Compiles the kernels of the level in force with the sanitizers, and runs every case."""
-    import torch
+    from benchmarks.case import run_all
     from benchmarks.cpu_cases import cases
 
     os.environ.pop("LD_PRELOAD", None)  # the compiler needs none of that
     build.FLAGS = (*build.FLAGS, *FLAGS)
     build.SOURCES = sources or build.SOURCES
     warnings.filterwarnings("error", message="MXFP8 runs on the slow reference")
-    done = 0
-    for case in cases(small):
-        print(case.name, flush=True)  # the last one is where the worker fails
-        torch.manual_seed(0)
-        case.run()
-        done += 1
-    print(f"{done} cases are right", flush=True)
+    print(f"{run_all(cases(small))} cases are right", flush=True)
     return 0
 
 

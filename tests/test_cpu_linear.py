@@ -80,7 +80,7 @@ def test_kernels_compute_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_panels_give_the_bits_of_the_reference(
     level: str, dtype: torch.dtype, panel_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_most_rows", lambda level, dtype: 0)
+    monkeypatch.setattr(dispatch, "_most_rows", lambda dtype: 0)
     monkeypatch.setattr(dispatch, "_panel_rows", lambda dtype, k: panel_rows)
     for m, n, k in ((1, 7, 32), (3, 67, 96), (40, 33, 288)):
         x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
@@ -93,7 +93,7 @@ def test_panels_give_the_bits_of_the_reference(
 def test_panels_round_every_code_as_dequant_does(
     level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_most_rows", lambda level, dtype: 0)
+    monkeypatch.setattr(dispatch, "_most_rows", lambda dtype: 0)
     weight, scale = all_codes()
     values = reference.dequant(weight, scale, dtype)
     finite = values.isfinite().all(1)
@@ -108,7 +108,7 @@ def test_rows_of_x_decide_which_way_a_linear_goes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "_by_panels", lambda *args: ways.append(len(args[0])))
     for dtype in DTYPES:
         ways.clear()
-        most = dispatch._most_rows(dispatch._kernels().mxfp8_level(), dtype)
+        most = dispatch._most_rows(dtype)
         if most == sys.maxsize:  # by matrix tiles, however many there are
             continue
         for m in (1, most, most + 1):

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same
+from programs import SCRIPTS, imported
 
 import mxfp8_ops
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 US = {
     "R": [10.0, 10.0, 10.0],
     "B": [20.0, 20.0, 20.0],
@@ -37,11 +37,8 @@ US = {
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    yield importlib.import_module("bench")
-    for name in [name for name in sys.modules if name == "bench" or name.partition(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with imported("bench", monkeypatch) as module:
+        yield module
 
 
 class FakeTimer:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same
+from programs import imported
 
 import mxfp8_ops
 from mxfp8_ops.cpu import library
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 US = {
     "R": 100.0,
     "B": 500.0,
@@ -53,11 +53,8 @@ class FakeTimer:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    yield importlib.import_module("bench")
-    for name in [name for name in sys.modules if name == "bench" or name.partition(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with imported("bench", monkeypatch) as module:
+        yield module
 
 
 def room(name: str) -> ModuleType:

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from programs import SCRIPTS, imported
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs the package transformers"
@@ -24,11 +23,8 @@ needs_transformers = pytest.mark.skipif(
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    yield importlib.import_module("bench_model")
-    for name in [name for name in sys.modules if name == "bench_model" or name.partition(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with imported("bench_model", monkeypatch) as module:
+        yield module
 
 
 # --- a run -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from programs import SCRIPTS, imported
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 WORKER = "import sys; print('case'); print('sanitize: 5 cases are right')"
 RIGHT = "sanitize: 5 cases are right\n"
 HEAD = "========= COMPUTE-SANITIZER\n"
@@ -35,16 +35,13 @@ PASSES = (
 @pytest.fixture
 def sanitize(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """With a device, and a worker that has nothing to do."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    module = importlib.import_module("sanitize")
-    devices = importlib.import_module("benchmarks.devices")
     found = {"device": "Fake GPU", "torch": "2.11", "triton": "3.6", "cuda": "13.0"}
     device = SimpleNamespace(missing=lambda: None, open=lambda: SimpleNamespace(environment=lambda: found))
-    monkeypatch.setitem(devices.DEVICES, "cuda", device)
-    monkeypatch.setattr(module, "WORKER", [sys.executable, "-c", WORKER])
-    yield module
-    for name in [name for name in sys.modules if name == "sanitize" or name.partition(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with imported("sanitize", monkeypatch) as module:
+        devices = importlib.import_module("benchmarks.devices")
+        monkeypatch.setitem(devices.DEVICES, "cuda", device)
+        monkeypatch.setattr(module, "WORKER", [sys.executable, "-c", WORKER])
+        yield module
 
 
 @pytest.fixture

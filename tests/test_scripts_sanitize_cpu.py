@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from programs import SCRIPTS, imported
 
 from mxfp8_ops.cpu import build, library
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 FAULTY = """
 #include <cstdint>
 extern "C" int mxfp8_abi(void) { return ABI; }
 extern "C" void mxfp8_dequant(void) {}
 extern "C" int mxfp8_linear(void) { return 0; }
-extern "C" int mxfp8_level(void) { return 0; }
 extern "C" void mxfp8_quantize(const uint8_t* x, uint8_t* weight, uint8_t* scale, int64_t blocks, int, int, int) {
   scale[blocks] = x[0];
 }
@@ -29,10 +26,8 @@ extern "C" void mxfp8_quantize(const uint8_t* x, uint8_t* weight, uint8_t* scale
 
 @pytest.fixture
 def sanitize(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    yield importlib.import_module("sanitize_cpu")
-    for name in [name for name in sys.modules if name == "sanitize_cpu" or name.partition(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with imported("sanitize_cpu", monkeypatch) as module:
+        yield module
 
 
 def needs_sanitizers(sanitize: ModuleType) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 from . import library
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernels call a dtype."""
 _VALUES_IN_FLOAT32 = {torch.float32: 0, torch.bfloat16: 3, torch.float16: 4}
 """For dequant: values rounded to a dtype, written as float32."""
-_RULES = {"floor": 0, "rceil": 1}
+RULE_CODES = {"floor": 0, "rceil": 1}
 
-_TILES = 4
-"""What ``mxfp8_level()`` gives where bfloat16 is multiplied by matrix tiles."""
+_TILES = "amx_bf16"
+"""The level in which bfloat16 is multiplied by matrix tiles."""
 
 _PANEL_BYTES = 2 << 20
 """Of a weight that is dequantized in parts, at a time: they stay in the caches."""
@@ -36,7 +36,7 @@ def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     weight, scale = weight.contiguous(), scale.contiguous()
     out = weight.new_empty(weight.shape, dtype=dtype)
     _kernels().mxfp8_dequant(
-        weight.data_ptr(), scale.data_ptr(), out.data_ptr(), scale.numel(), _CODES[dtype], torch.get_num_threads()
+        weight.data_ptr(), scale.data_ptr(), out.data_ptr(), scale.numel(), DTYPE_CODES[dtype], torch.get_num_threads()
     )
     return out
 
@@ -47,7 +47,7 @@ def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     weight = torch.empty(x.shape, dtype=ELEMENT_DTYPE)
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=SCALE_DTYPE)
     pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
-    _kernels().mxfp8_quantize(*pointers, scale.numel(), _CODES[x.dtype], _RULES[rule], torch.get_num_threads())
+    _kernels().mxfp8_quantize(*pointers, scale.numel(), DTYPE_CODES[x.dtype], RULE_CODES[rule], torch.get_num_threads())
     return weight, scale
 
 
@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     weight, scale = weight.contiguous(), scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     kernels = _kernels()
-    if rows > _most_rows(kernels.mxfp8_level(), x.dtype):
+    if rows > _most_rows(x.dtype):
         _by_panels(x.view(rows, k), weight, scale, bias, out.view(rows, n))
         return out
     kernels.mxfp8_linear(
@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
         rows,
         n,
         k,
-        _CODES[x.dtype],
+        DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )
     return out
@@ -90,9 +90,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
 _MOST_ROWS = 32
 
 
-def _most_rows(level: int, dtype: torch.dtype) -> int:
+def _most_rows(dtype: torch.dtype) -> int:
     """Rows of x up to which one pass over the weight is the fastest."""
-    return sys.maxsize if level == _TILES and dtype == torch.bfloat16 else _MOST_ROWS
+    return sys.maxsize if dtype == torch.bfloat16 and library.level() == _TILES else _MOST_ROWS
 
 
 # --- many rows: panels ---------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _most_rows(level: int, dtype: torch.dtype) -> int:
 def _by_panels(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Writes the linear of ``x [M, K]`` into ``out [M, N]``; the panels are ``[some of N, K]``."""
     n, k = weight.shape
-    code, threads = _CODES[x.dtype], torch.get_num_threads()
+    code, threads = DTYPE_CODES[x.dtype], torch.get_num_threads()
     a, b = x, bias
     if not _multiplies(x.dtype):
         a, b, code = x.float(), None if bias is None else bias.float(), _VALUES_IN_FLOAT32[x.dtype]

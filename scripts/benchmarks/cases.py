@@ -18,21 +18,14 @@ from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
 from mxfp8_ops.gpu import dispatch, elementwise, hopper, plans
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .case import DTYPES, Case
+
 PACKED_ROWS = (1, 2, 4, 8, 16, 33, 64, 100, 128, 256)
 PACKED_SHAPES = ((136, 288), (300, 384))
 CANONICAL_ROWS = (1, 2, 5, 16, 40)
 CANONICAL_SHAPES = ((7, 288), (136, 256), (300, 384))
 PLAN_ROWS = (3, 5, 13, 29, 61, 125, 253)
 """Somewhat fewer than the kernels for Hopper have in a tile."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to run, which raises AssertionError where its result is wrong."""
-
-    name: str
-    run: Callable[[], None]
 
 
 def cases() -> Iterator[Case]:

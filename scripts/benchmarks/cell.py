@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from . import bars
-from .options import Record
+from .options import Record, shapes_of
 
 
 def shape(record: Record) -> str:
@@ -41,6 +41,16 @@ def ratio(record: Record, column: str, unit: str) -> str:
 def table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
     yield from head(*names)
     yield from (row(*cells) for cells in rows)
+
+
+def of_shapes(records: Sequence[Record], text: Callable[[Record], str]) -> Iterator[str]:
+    """A row for every number of rows of x, with a column for every shape; empty where nothing was measured."""
+    shapes = shapes_of(records)
+    by_cell = {(record["n"], record["k"], record["m"]): record for record in records}
+    yield from head("M", *(f"{n} x {k}" for n, k in shapes))
+    for m in sorted({record["m"] for record in records}):
+        found = (by_cell.get((*shape, m)) for shape in shapes)
+        yield row(str(m), *("" if record is None else text(record) for record in found))
 
 
 def head(*cells: str) -> Iterator[str]:

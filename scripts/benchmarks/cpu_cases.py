@@ -14,7 +14,7 @@ import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
 
-from .cases import DTYPES, Case
+from .case import DTYPES, Case
 
 SHAPES = ((1, 32), (7, 96), (33, 288), (67, 4128))
 SMALL_SHAPES = SHAPES[1:3]

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from mxfp8_ops.cpu import library
+from mxfp8_ops.cpu.dispatch import DTYPE_CODES, RULE_CODES
 
 from .timing import Calls
-
-BFLOAT16, RCEIL = 1, 1
-"""As the kernels number them."""
 
 
 def columns(weights: Sequence[tuple[Tensor, Tensor]], dense: Sequence[Tensor]) -> dict[str, Calls]:
@@ -20,17 +18,17 @@ def columns(weights: Sequence[tuple[Tensor, Tensor]], dense: Sequence[Tensor]) -
     kernels = library.current()
     if kernels is None:
         return {}
-    threads = torch.get_num_threads()
+    threads, code = torch.get_num_threads(), DTYPE_CODES[torch.bfloat16]
     outs = [torch.zeros_like(each) for each in dense]
     quantized = [(torch.zeros_like(w.view(torch.uint8)), torch.zeros_like(s)) for w, s in weights]
 
     def dequant(weight: Tensor, scale: Tensor, out: Tensor) -> None:
         pointers = weight.data_ptr(), scale.data_ptr(), out.data_ptr()
-        kernels.mxfp8_dequant(*pointers, scale.numel(), BFLOAT16, threads)
+        kernels.mxfp8_dequant(*pointers, scale.numel(), code, threads)
 
     def quantize(x: Tensor, weight: Tensor, scale: Tensor) -> None:
         pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
-        kernels.mxfp8_quantize(*pointers, scale.numel(), BFLOAT16, RCEIL, threads)
+        kernels.mxfp8_quantize(*pointers, scale.numel(), code, RULE_CODES["rceil"], threads)
 
     return {
         "dequant alone": [lambda w=w, o=o: dequant(*w, o) for w, o in zip(weights, outs, strict=True)],

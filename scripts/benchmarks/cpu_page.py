@@ -77,14 +77,9 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield f"x is {dtype}. B is the time of `F.linear` on a weight of that dtype, R that of only reading the bytes of"
     yield "the quantized weight. Ratios are times, so less is better, and 1.00 R is all that memory allows."
-    shapes = shapes_of(records)
-    by_cell = {(record["n"], record["k"], record["m"]): record for record in records}
     yield from ("", "### `mxfp8::linear`", "")
-    yield from cell.head("M", *(f"{n} x {k}" for n, k in shapes))
-    for m in sorted({record["m"] for record in records}):
-        found = [by_cell.get((*shape, m)) for shape in shapes]
-        yield cell.row(str(m), *("" if record is None else _ratio(record, "canonical") for record in found))
-    for n, k in shapes:
+    yield from cell.of_shapes(records, lambda record: _ratio(record, "canonical"))
+    for n, k in shapes_of(records):
         yield from ("", f"### {n} x {k}", "")
         yield from _linear_table([record for record in records if (record["n"], record["k"]) == (n, k)])
     yield ""

@@ -138,16 +138,10 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield "R is the time of a kernel that only reads as many bytes as the packed weight has, B that of `F.linear` on a"
     yield "weight of x's dtype. Ratios are times, so less is better, and 1.00 R is all that memory allows."
-    shapes = shapes_of(records)
-    by_cell = {(record["n"], record["k"], record["m"]): record for record in records}
-    rows = sorted({record["m"] for record in records})
     for name, title in (("packed", "`linear_packed`"), ("canonical", "`linear`, on the canonical weight")):
         yield from ("", f"### {title}", "")
-        yield from cell.head("M", *(f"{n} x {k}" for n, k in shapes))
-        for m in rows:
-            found = [by_cell.get((*shape, m)) for shape in shapes]
-            yield cell.row(str(m), *("" if record is None else _ratios(record, name) for record in found))
-    for n, k in shapes:
+        yield from cell.of_shapes(records, lambda record, name=name: _ratios(record, name))
+    for n, k in shapes_of(records):
         yield from ("", f"### {n} x {k}", "")
         yield from _linear_table([record for record in records if (record["n"], record["k"]) == (n, k)])
     yield ""

@@ -30,9 +30,7 @@ def elementwise(device: Device, options: Options) -> Iterator[Record]:
         weights = [mxfp8_ops.quantize(each) for each in dense]
         columns = {
             "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
-            "dequant to bfloat16": [lambda w=w: mxfp8_ops.dequant(*w, torch.bfloat16) for w in weights],
-            "dequant to float16": [lambda w=w: mxfp8_ops.dequant(*w, torch.float16) for w in weights],
-            "quantize from bfloat16": [lambda d=d: mxfp8_ops.quantize(d) for d in dense],
+            **_elementwise_columns(weights, dense),
         }
         times = _times(device, columns, options)
         copy = times["copy"]["us"]
@@ -55,9 +53,7 @@ def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
         columns = {
             "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
             "copy to new memory": [lambda pair=pair: pair[1].clone() for pair in pairs],
-            "dequant to bfloat16": [lambda w=w: mxfp8_ops.dequant(*w, torch.bfloat16) for w in weights],
-            "dequant to float16": [lambda w=w: mxfp8_ops.dequant(*w, torch.float16) for w in weights],
-            "quantize from bfloat16": [lambda d=d: mxfp8_ops.quantize(d) for d in dense],
+            **_elementwise_columns(weights, dense),
         }
         alone = cpu_kernels.columns(weights, dense)
         times = _times(device, columns | alone, options)
@@ -65,6 +61,14 @@ def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
         fractions = {n: round(copy[n] / times[n]["us"], 4) for n in times if not n.startswith("copy")}
         yield {"n": n, "k": k, "bytes": moved, "times": times, "fractions": fractions, **device.marks(options)}
         del pairs, dense, weights, columns, alone
+
+
+def _elementwise_columns(weights: list[tuple[Tensor, Tensor]], dense: list[Tensor]) -> dict[str, Calls]:
+    return {
+        "dequant to bfloat16": [lambda w=w: mxfp8_ops.dequant(*w, torch.bfloat16) for w in weights],
+        "dequant to float16": [lambda w=w: mxfp8_ops.dequant(*w, torch.float16) for w in weights],
+        "quantize from bfloat16": [lambda d=d: mxfp8_ops.quantize(d) for d in dense],
+    }
 
 
 def linear(device: Device, options: Options) -> Iterator[Record]:

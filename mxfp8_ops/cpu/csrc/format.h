@@ -61,8 +61,9 @@ inline float scale_value(uint8_t scale) {
   return from_bits(scale == 0 ? 0x00400000u : static_cast<uint32_t>(scale) << 23);
 }
 
-// The code of a value, to nearest even, saturated. Normal ones, 2^-6 and more, are rounded in their bits, which a carry leaves in order: from
-// float32's bias to e4m3's are 120 in the exponent field. Below, adding 2^14 rounds to multiples of 2^-9.
+// The code of a value, to nearest even, saturated. Normal ones, 2^-6 and more, are rounded in their bits, which a carry
+// leaves in order: from float32's bias to e4m3's are 120 in the exponent field. Below, adding 2^14 rounds to multiples of
+// 2^-9.
 inline uint8_t code_of(float value) {
   uint32_t bits = to_bits(value), magnitude = bits & 0x7fffffff;
   magnitude = magnitude < 0x43e00000u ? magnitude : 0x43e00000u;  // 448

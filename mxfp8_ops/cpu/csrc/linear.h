@@ -113,6 +113,8 @@ const X* packed_x(const Problem<T>& p) {
   return fit ? packed : nullptr;
 }
 
+#if MXFP8_LEVEL == 3
+
 // Rows [m, m + 16 V) of x, as far as there are any.
 template <int V>
 void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
@@ -135,9 +137,9 @@ void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
   });
 }
 
-// --- matrix tiles ---------------------------------------------------------------------------------------------------
+#else
 
-#if MXFP8_LEVEL >= 4
+// --- matrix tiles ---------------------------------------------------------------------------------------------------
 
 constexpr int64_t kFewestTiled = 5;  // rows of x
 
@@ -192,14 +194,15 @@ void linear<bf16>(const Problem<bf16>& p) {
     for (int64_t m = 0; m < p.m; m += 8) linear_of_few(p, wider, m);
     return;
   }
-#if MXFP8_LEVEL >= 4
-  if (p.m >= kFewestTiled) return linear_tiled(p, packed);
-#endif
   int64_t m = 0;
+#if MXFP8_LEVEL == 3
   for (; p.m - m > 48; m += 64) linear_wide<4>(p, packed, m);
   if (p.m - m > 32) return linear_wide<3>(p, packed, m);
   if (p.m - m > 16) return linear_wide<2>(p, packed, m);
   if (p.m - m > 8) return linear_wide<1>(p, packed, m);
+#else
+  if (p.m >= kFewestTiled) return linear_tiled(p, packed);
+#endif
   if (p.m - m > 0) return linear_of_few(p, packed, m);
 }
 

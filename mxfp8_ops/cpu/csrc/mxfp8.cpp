@@ -1,7 +1,8 @@
 // The C ABI of the CPU kernels: the one source file, compiled once a level. Arguments are checked already; pointers may
 // be unaligned, nothing is read past the last byte of any input, and several threads may call at once.
 //
-// dtype: 0 float32, 1 bfloat16, 2 float16, and for dequant 3 and 4, the values of 1 and 2 as float32. rule: 0 floor, 1 rceil. Sizes in elements.
+// dtype: 0 float32, 1 bfloat16, 2 float16, and for dequant 3 and 4, the values of 1 and 2 as float32. rule: 0 floor, 1
+// rceil. Sizes in elements.
 #include "dequant.h"
 #include "linear.h"
 #include "quantize.h"
@@ -22,9 +23,6 @@ void with_dtype(int dtype, F f) {
 
 // Raised with every change of a signature.
 MXFP8_EXPORT int mxfp8_abi(void) { return 1; }
-
-// 0 generic, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.
-MXFP8_EXPORT int mxfp8_level(void) { return MXFP8_LEVEL; }
 
 // out [blocks, 32] from codes [blocks, 32], scales [blocks].
 MXFP8_EXPORT void mxfp8_dequant(const uint8_t* codes, const uint8_t* scales, void* out, int64_t blocks, int dtype,
