@@ -141,7 +141,7 @@ void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
 
 // --- matrix tiles ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFewestTiled = 5;  // rows of x
+constexpr int64_t kFewestTiled = 4;  // rows of x
 
 // Rows [m, last_m) of x, packed as pack_x leaves them.
 inline void linear_tiled(const Problem<bf16>& p, const bf16* packed, int64_t m, int64_t last_m) {

@@ -8,8 +8,9 @@ namespace {
 constexpr int64_t kAhead = 1024;  // bytes of a weight's row between what is read and what is asked for
 
 // Where the weight will be read next: further along the row, or past its end in the row that the next tile begins with.
+template <int64_t Ahead = kAhead>
 inline void prefetch(const uint8_t* row, int64_t column, int64_t k, int rows) {
-  int64_t at = column + kAhead;
+  int64_t at = column + Ahead;
   if (at >= k) at += (rows - 1) * k;
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(at)));
 }
