@@ -69,9 +69,9 @@ def quantize_(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, name))
     }
-    left = _left_alone(model, selected)
+    left = linears_to_leave(model, selected)
     once = _OncePerKey((linear.weight,) for linear in selected if linear not in left)
-    places = _places(model)
+    places = module_places(model)
     summary = []
     while selected:
         linear = next(iter(selected))
@@ -82,7 +82,7 @@ def quantize_(
         weight, scale = once.get((linear.weight,), partial(_quantized, linear.weight, rule))
         module = Mxfp8Linear.from_quantized(weight, scale, linear.bias).train(linear.training)
         summary.append(LayerSummary(name, shape, "quantized", "", before, weight.nbytes + scale.nbytes))
-        _swap(places, linear, module)
+        swap_module(places, linear, module)
         del linear  # its weight goes before the next one is quantized
     return summary
 
@@ -113,7 +113,7 @@ def dequantize_at_load_(
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
     once = _OncePerKey(layer._held() for layer in layers)
     biases = _OncePerKey((layer.bias,) for layer in layers if layer.bias is not None)
-    places = _places(model)
+    places = module_places(model)
     summary = []
     while layers:
         layer = next(iter(layers))
@@ -122,7 +122,7 @@ def dequantize_at_load_(
         weight = once.get(layer._held(), partial(_dequantized, layer, dtype))
         bias = None if layer.bias is None else biases.get((layer.bias,), partial(_cast_bias, layer.bias, dtype))
         summary.append(LayerSummary(name, shape, "dequantized", "", before, weight.nbytes))
-        _swap(places, layer, _dense_linear(layer, weight, bias))
+        swap_module(places, layer, _dense_linear(layer, weight, bias))
         del layer  # its bytes go before the next layer is made
     return summary
 
@@ -236,7 +236,7 @@ def _shape_and_bytes(linear: nn.Linear) -> tuple[tuple[int, ...], int]:
     return tuple(linear.weight.shape), linear.weight.nbytes
 
 
-def _left_alone(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[nn.Module, str]:
+def linears_to_leave(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[nn.Linear, str]:
     """Which of the selected linears must stay, and why."""
     users: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for name, module in model.named_modules(remove_duplicate=True):
@@ -248,7 +248,7 @@ def _left_alone(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[nn.Mod
         if isinstance(module, _READS_WEIGHTS_OF_CHILDREN)
         for child in module.children()
     }
-    left: dict[nn.Module, str] = {}
+    left: dict[nn.Linear, str] = {}
     for linear in selected:
         reason = _why_unquantizable(linear)
         if linear in readers:
@@ -288,7 +288,7 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 _Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
-def _places(model: nn.Module) -> _Places:
+def module_places(model: nn.Module) -> _Places:
     """Where every module hangs: parents and names, several for a module that is used several times."""
     places: _Places = {}
     for parent in model.modules():
@@ -298,6 +298,6 @@ def _places(model: nn.Module) -> _Places:
     return places
 
 
-def _swap(places: _Places, old: nn.Module, new: nn.Module) -> None:
+def swap_module(places: _Places, old: nn.Module, new: nn.Module) -> None:
     for parent, name in places.pop(old):
         setattr(parent, name, new)

@@ -1,0 +1,1 @@
+"""From one checkpoint to another: quantized, dequantized, or in another dialect."""

@@ -1,0 +1,1 @@
+"""From a checkpoint into a model."""

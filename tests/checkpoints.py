@@ -1,0 +1,124 @@
+"""What the tests of reading checkpoints share: one of each format with what must come back, and ways to damage it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dialects import BLOCK_ROWS, WRITERS, Content, block_constant, padded, random_content
+from helpers import assert_same
+
+from mxfp8_ops.checkpoint import Checkpoint, open_checkpoint
+
+INDEX = "model.safetensors.index.json"
+SMALL = {"model.layers.0.self_attn.q_proj": (96, 64), "model.layers.0.self_attn.k_proj": (32, 64)}
+
+
+def made(folder: Path, name: str, content: Content | None = None, shards: int = 1) -> tuple[Path, Content]:
+    """A checkpoint in the format ``name``, and the content that a reader must give back."""
+    if name == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    content = content or random_content()
+    if rows := BLOCK_ROWS.get(name):
+        content = block_constant(content, rows)
+    path = WRITERS[name](folder, content, shards=shards)
+    if "comfyui" in name:
+        content = padded(content, rows=32)
+    if name == "modelslim":
+        layers = {
+            key: replace(layer, bias=None if layer.bias is None else layer.bias.float())
+            for key, layer in padded(content).layers.items()
+        }
+        content = replace(content, layers=layers)
+    return path, content
+
+
+def assert_gives_back(checkpoint: Checkpoint, content: Content) -> None:
+    """Each layer and each other tensor, bit for bit, and no more of them. Formats have marker tensors of their own."""
+    assert checkpoint.keys() == content.layers.keys()
+    for name, layer in content.layers.items():
+        weight, scale, bias = checkpoint[name]
+        assert_same(weight, layer.weight)
+        assert_same(scale, layer.scale)
+        if layer.weight.dim() == 2:
+            assert (bias is None) == (layer.bias is None)
+        if layer.bias is not None:
+            assert_same(checkpoint.files.read(f"{name}_bias") if bias is None else bias, layer.bias)
+    others = {name for name in checkpoint.plain if not name.endswith(("_bias", ".comfy_quant"))}
+    assert others == content.plain.keys()
+    for name, tensor in content.plain.items():
+        assert_same(checkpoint.files.read(name), tensor)
+
+
+def assert_opens_as(path: Path, content: Content) -> Checkpoint:
+    checkpoint = open_checkpoint(path)
+    assert_gives_back(checkpoint, content)
+    return checkpoint
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the object in a JSON file in place."""
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Changes keys of ``quantization_config``; None for a key to be left out."""
+
+    def edit(config: dict[str, Any]) -> None:
+        said = config["quantization_config"] | changes
+        config["quantization_config"] = {key: value for key, value in said.items() if value is not None}
+
+    edit_json(folder / "config.json", edit)
+
+
+def raw(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file as JSON, and the bytes behind it."""
+    file = path.read_bytes()
+    length = int.from_bytes(file[:8], "little")
+    return json.loads(file[8 : 8 + length]), file[8 + length :]
+
+
+def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    """A safetensors file of any header: bytes, text or something to make JSON of; ``length`` is what it claims."""
+    text = header if isinstance(header, str | bytes) else json.dumps(header)
+    encoded = text.encode() if isinstance(text, str) else text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data)
+    return path
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the header in place, and leaves the data alone."""
+    header, data = raw(path)
+    edit(header)
+    write_raw(path, header, data)
+
+
+def replace_tensors(path: Path, changes: Mapping[str, torch.Tensor | None], **metadata: str | None) -> None:
+    """Rewrites a safetensors file with some tensors or texts of its metadata changed, added, or (None) left out."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        texts = file.metadata() | metadata
+    tensors = {name: tensor.clone() for name, tensor in {**tensors, **changes}.items() if tensor is not None}
+    save_file(tensors, path, {key: text for key, text in texts.items() if text is not None})
+
+
+def small(folder: Path, name: str = "mxfp8", shards: int = 1) -> tuple[Path, Content]:
+    return made(folder, name, copy.deepcopy(_small_content()), shards)
+
+
+@functools.cache
+def _small_content() -> Content:
+    return random_content(layers=SMALL)
