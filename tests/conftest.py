@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -10,6 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else a worker's idle threads spin on the cores of the others
+os.environ.setdefault("TORCH_WARM_POOL", "0")  # nor does every process start others that could compile for a device
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or compile a program to see whether its vectors work
 
 import pytest
 import torch
@@ -21,6 +27,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the pr
     for variable in ("TORCHINDUCTOR_CACHE_DIR", environment.CACHE_DIR):
         os.environ[variable] = tempfile.mkdtemp(prefix="mxfp8-tests-")
         atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_compiled_once() -> Iterator[None]:
+    """Where caches are disabled a graph is made again, but not what was compiled of the same C++ before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._inductor.compile_fx.with_fresh_cache_if_config", contextlib.nullcontext, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_outlive_the_session() -> None:
+    """So the collector, which many tests call, need not look through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ tests/test_gpu_packed.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import subprocess
@@ -188,7 +189,7 @@ def test_a_weight_of_one_row_compiles(m: int, packed: bool, tmp_path: Path) -> N
 def fast_loops(cubin: Path) -> list[list[str]]:
     """The instructions of every loop that multiplies what it has decoded in the dtype of x: not through float32."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([tool, "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
     code: list[str] = []
     places: dict[str, int] = {}
     loops = []
@@ -485,6 +486,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             elif type(value).__name__ == "ConstexprFunction":
                 monkeypatch.setattr(module, name, value.fn)
         monkeypatch.setattr(module, "gl", gluon)
+    for name in ("places_along", "_any_words", "_any_scales", "_any_pairs"):  # the same in every program
+        monkeypatch.setattr(direct, name, functools.cache(getattr(direct, name)))
     for module in (fragments, canonical):
         monkeypatch.setattr(module, "reinterpret", Shared.reinterpret)
     monkeypatch.setattr(direct, "mma_v2", lambda one, other, total: total + torch.bmm(one.float(), other.float()))

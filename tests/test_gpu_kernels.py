@@ -18,10 +18,8 @@ triton = pytest.importorskip("triton")
 NVIDIA = (80, 86, 89, 90, 100)
 
 
-@pytest.mark.parametrize("what", ["dequant", "quantize", "linear", "special", "packaged"])
-def test_interpreted_kernels_give_the_bits_of_the_reference(what: str) -> None:
-    program = Path(__file__).parent / "interpreted.py"
-    command = [sys.executable, "-W", "ignore", str(program), what]
+def test_interpreted_kernels_give_the_bits_of_the_reference() -> None:
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "interpreted.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -24,9 +24,15 @@ ROOT = Path(__file__).parent.parent
 # --- what it prints ------------------------------------------------------------------------------------------
 
 
-def test_output_in_a_pipe_has_no_colour_and_no_wrapped_line(folder: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "inspect_graph.py"), "models_here:two_layers"]
-    environment = os.environ | {"COLUMNS": "40", "MXFP8_DEQUANT_AT_LOAD": "1"}
+def test_json_of_two_processes_is_the_same_and_output_in_a_pipe_has_no_colour_and_no_wrapped_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(number: int) -> list[str]:
+        return ["models_here:two_layers", "--json", f"{number}.json", "--html", f"{number}.html"]
+
+    monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", "1")
+    command = [sys.executable, str(ROOT / "scripts" / "inspect_graph.py"), *options(1)]
+    environment = os.environ | {"COLUMNS": "40", "PYTHONHASHSEED": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
@@ -34,6 +40,11 @@ def test_output_in_a_pipe_has_no_colour_and_no_wrapped_line(folder: Path) -> Non
     assert re.search(
         r"0\.weight +96x64 +folded +6,336 +18,624 +extern_kernels\.mm +dequantized to bfloat16", done.stdout
     )
+    assert "\nwrote 1.json\nwrote 1.html\n" in done.stdout
+    assert (folder / "1.html").read_text().startswith("<!doctype html>")
+    status, _, err = run(*options(2))
+    assert (status, err) == (0, "")
+    assert (folder / "1.json").read_text() == (folder / "2.json").read_text()
 
 
 @pytest.mark.parametrize(("no_color", "expected"), [(False, True), (True, False)])
@@ -191,20 +202,13 @@ def test_fail_on_with_passes_off_says_why_there_are_no_weights(folder: Path, mon
     assert "MXFP8_PASSES is off" in err
 
 
-def test_json_of_two_processes_is_the_same_and_the_page_is_written(folder: Path) -> None:
-    texts = []
-    for number in (1, 2):
-        names = (folder / f"{number}.json", folder / f"{number}.html")
-        command = [sys.executable, "-m", "lowering.inspect.cli", "single.py", "--dequant-at-load", "on", "off"]
-        command += ["--json", str(names[0]), "--html", str(names[1])]
-        environment = os.environ | {"PYTHONHASHSEED": str(number)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"\nwrote {names[0]}\nwrote {names[1]}\n" in done.stdout
-        assert names[1].read_text().startswith("<!doctype html>")
-        texts.append(names[0].read_text())
-    assert texts[0] == texts[1]
-    assert [run["settings"]["dequant_at_load"] for run in json.loads(texts[0])["runs"]] == ["on", "off"]
+def test_json_has_a_run_for_each_flag_and_the_page_is_written(folder: Path) -> None:
+    names = (folder / "1.json", folder / "1.html")
+    status, out, err = run("single.py", "--dequant-at-load", "on", "off", "--json", names[0], "--html", names[1])
+    assert (status, err) == (0, "")
+    assert f"\nwrote {names[0]}\nwrote {names[1]}" in out
+    assert names[1].read_text().startswith("<!doctype html>")
+    assert [run["settings"]["dequant_at_load"] for run in json.loads(names[0].read_text())["runs"]] == ["on", "off"]
 
 
 # --- targets -------------------------------------------------------------------------------------------------

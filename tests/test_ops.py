@@ -302,14 +302,18 @@ def test_aot_autograd_keeps_one_linear_forward(requires_grad: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 7])
-@pytest.mark.parametrize("k", [32, 96, 288])
-def test_compiled_linear_equals_eager(k: int, n: int, dtype: torch.dtype) -> None:
-    _, weight, scale, bias = exact_linear_inputs(1, n, k, dtype)
-    compiled = torch.compile(lambda x: mxfp8_ops.linear(x, weight, scale, bias), fullgraph=True)
+def test_compiled_linear_equals_eager(dtype: torch.dtype) -> None:
+    sizes = [(n, k) for k in (32, 96, 288) for n in (1, 7)]
+    weights = [exact_linear_inputs(1, n, k, dtype)[1:] for n, k in sizes]
+
+    def function(*rows: Tensor) -> list[Tensor]:
+        return [mxfp8_ops.linear(x, *each) for x, each in zip(rows, weights, strict=True)]
+
+    compiled = torch.compile(function, fullgraph=True)
     for m in (3, 17, 1, 0):
-        x = exact_linear_inputs(m, n, k, dtype)[0]
-        assert_same(compiled(x), mxfp8_ops.linear(x, weight, scale, bias))
+        rows = [exact_linear_inputs(m, n, k, dtype)[0] for n, k in sizes]
+        for actual, expected in zip(compiled(*rows), function(*rows), strict=True):
+            assert_same(actual, expected)
 
 
 def test_compiled_dequant_and_quantize_equal_eager() -> None:
@@ -339,7 +343,7 @@ def test_one_graph_serves_every_number_of_rows() -> None:
     assert counter.frame_count == 1
 
 
-def test_freezing_never_unpacks_a_weight_when_only_the_operators_are_imported() -> None:
+def test_without_the_lowering_freezing_never_unpacks_a_weight_and_the_backend_is_found_by_its_name() -> None:
     script = """
         import sys
         import torch
@@ -380,6 +384,13 @@ def test_freezing_never_unpacks_a_weight_when_only_the_operators_are_imported() 
         assert nodes.count("mxfp8.linear.default") == 1, nodes
         assert nodes.count("mxfp8.dequant.default") == 1, nodes
         assert "lowering" not in sys.modules
+
+        torch._inductor.config.freezing = False
+        torch._inductor.config.post_grad_custom_post_pass = None
+        layer = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32))
+        compiled = torch.compile(layer, backend="mxfp8", options={"dequant_at_load": True}, fullgraph=True)
+        assert torch.equal(compiled(torch.eye(32)), torch.eye(32))
+        assert {w.action for g in sys.modules["lowering"].report.recent() for w in g.weights} == {"folded"}
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 from models import Chain, folding, layer, rows
 from torch import Tensor, nn
@@ -93,29 +94,40 @@ def test_table_is_plain_text_with_totals() -> None:
     ]
 
 
-def test_torch_logs_show_one_line_a_weight() -> None:
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """What a process writes to standard error and to its trace that compiles a canonical and a packed layer."""
     program = """
 import torch, mxfp8_ops
+options = {"dequant_at_load": True}
 model = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32))
-torch.compile(model, backend="mxfp8", options={"dequant_at_load": True})(torch.eye(32))
+torch.compile(model, backend="mxfp8", options=options)(torch.eye(32))
+packed = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32)).pack_().half()
+torch.compile(packed, backend="mxfp8", options=options)(torch.eye(32).half())
 """
-    environment = dict(os.environ, TORCH_LOGS="+lowering")
+    folder = tmp_path_factory.mktemp("trace")
+    environment = dict(os.environ, TORCH_TRACE=str(folder), TORCH_LOGS="+lowering")
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "folded weight [32, 32]: 1056 -> 5152 bytes (dequantized to float32)" in done.stderr
+    return done.stderr, "".join(path.read_text() for path in folder.iterdir())
 
 
-def test_torch_logs_show_packed_weights_with_their_decoding() -> None:
-    program = """
-import torch, mxfp8_ops
-model = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32)).pack_()
-torch.compile(model.half(), backend="mxfp8", options={"dequant_at_load": True})(torch.eye(32).half())
-"""
-    environment = dict(os.environ, TORCH_LOGS="+lowering")
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_torch_logs_show_one_line_a_weight(logged: tuple[str, str]) -> None:
+    assert "folded weight [32, 32]: 1056 -> 5152 bytes (dequantized to float32)" in logged[0]
+
+
+def test_torch_logs_show_packed_weights_with_their_decoding(logged: tuple[str, str]) -> None:
     words = "packed, fast decoding for float16 (on GPUs; here unpacked in every call); not folded while packed"
-    assert f"kept weight_packed [32, 32]: 17024 -> 17024 bytes ({words}: unpack_() first)" in done.stderr
+    assert f"kept weight_packed [32, 32]: 17024 -> 17024 bytes ({words}: unpack_() first)" in logged[0]
+
+
+def test_torch_trace_has_graphs_and_report_and_logs_have_weights(logged: tuple[str, str]) -> None:
+    log, trace = logged
+    for name in ("mxfp8_before", "mxfp8_after", "mxfp8_report"):
+        assert f'"artifact": {{"name": "{name}", "encoding": "string"}}' in trace
+    assert "mxfp8.linear(" in trace
+    assert "weight.dequantized" in log
+    assert "passes took" in log
 
 
 def test_graph_text_numbers_nodes_and_names_inputs_after_parameters() -> None:

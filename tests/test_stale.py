@@ -174,39 +174,41 @@ def test_flag_flipped_under_a_compiled_model_takes_effect_at_the_next_call(monke
     assert seen == [{"kept"}, {"folded"}, {"kept"}]
 
 
-PROGRAM = """
-import sys; sys.path.insert(0, {tests!r})
-import torch
-from models import Chain, rows
-from lowering import report
-model, x = Chain(), rows()
-with torch.no_grad(), report.collect() as graphs:
-    result = torch.compile(model, backend="mxfp8", fullgraph=True)(x)
-assert torch.equal(result, model(x))
-print({{w.action for g in graphs for w in g.weights}}, len(graphs[0].post_grad))
-"""
+def compile_under(flags: str) -> list[str]:
+    """What becomes of the weights under each flag, and of how many graphs code is generated."""
+    found = []
+    for flag in flags:
+        os.environ["MXFP8_DEQUANT_AT_LOAD"] = flag
+        torch._dynamo.reset()
+        model, x = Chain(), rows()
+        with torch.no_grad(), report.collect() as graphs:
+            assert_same(torch.compile(model, backend="mxfp8", fullgraph=True)(x), model(x))
+        (action,) = {weight.action for graph in graphs for weight in graph.weights}
+        found.append(f"{action} {len(graphs[0].post_grad)}")
+    return found
 
 
-def run_program(cache: Path, flag: str, packages: Path) -> str:
-    environment = dict(
-        os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache), MXFP8_DEQUANT_AT_LOAD=flag, PYTHONPATH=str(packages)
-    )
-    command = [sys.executable, "-c", PROGRAM.format(tests=str(ROOT / "tests"))]
+def in_another_process(flags: str, packages: Path) -> list[str]:
+    program = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import test_stale as t"
+    command = [sys.executable, "-c", f"{program}; print(*t.compile_under({flags!r}), sep='\\n')"]
+    environment = os.environ | {"PYTHONPATH": str(packages)}
     done = subprocess.run(command, env=environment, cwd=packages, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout.splitlines()
 
 
-def test_processes_that_share_a_cache_share_nothing_else(tmp_path: Path) -> None:
-    packages, cache = tmp_path / "packages", tmp_path / "cache"
+def test_processes_that_share_a_cache_share_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = tmp_path / "packages"
     for name in ("mxfp8_ops", "lowering"):
         shutil.copytree(ROOT / name, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
-    assert run_program(cache, "0", packages) == "{'kept'} 1"
-    assert run_program(cache, "1", packages) == "{'folded'} 1"
-    assert run_program(cache, "0", packages) == "{'kept'} 0"  # found in the cache, and not generated again
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MXFP8_DEQUANT_AT_LOAD", "")  # and undone in the end
+    assert compile_under("0") == ["kept 1"]
+    # The second one is found in the cache, and not generated again.
+    assert in_another_process("10", packages) == ["folded 1", "kept 0"]
     with open(packages / "lowering" / "kernels.py", "a") as source:
         source.write("\n# an upgrade\n")
-    assert run_program(cache, "1", packages) == "{'folded'} 1"
+    assert in_another_process("1", packages) == ["folded 1"]
 
 
 def test_pass_identity_covers_source_and_flag(monkeypatch: pytest.MonkeyPatch) -> None:

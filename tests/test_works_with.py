@@ -254,22 +254,6 @@ def test_dynamo_graph_itself_is_not_changed() -> None:
     assert seen[0][0] == seen[0][1]
 
 
-def test_backend_is_found_without_importing_the_lowering() -> None:
-    import subprocess
-    import sys
-
-    program = """
-import sys, torch, mxfp8_ops
-layer = mxfp8_ops.Mxfp8Linear.from_float(torch.eye(32))
-assert "lowering" not in sys.modules
-compiled = torch.compile(layer, backend="mxfp8", options={"dequant_at_load": True}, fullgraph=True)
-assert torch.equal(compiled(torch.eye(32)), torch.eye(32))
-assert {w.action for g in sys.modules["lowering"].report.recent() for w in g.weights} == {"folded"}
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_bias_in_two_layers_on_one_weight() -> None:
     first = layer()
     second = Mxfp8Linear.from_quantized(first.weight, first.weight_scale, first.bias.detach() + 1)
