@@ -28,8 +28,9 @@ class LayerSummary:
     Attributes:
         name: dotted path in the model; of a layer used twice, the first.
         shape: of the weight, ``(N, K)``.
-        action: "quantized" or "left" (by ``quantize_``), "dequantized" (by ``dequantize_at_load_``).
-        reason: why it was left, else "".
+        action: "quantized" or "left" (by ``quantize_``), "kept" (by ``checkpoint.load_into``), "dequantized" (by that
+            or ``dequantize_at_load_``).
+        reason: why it was left, or dequantized by ``load_into``; else "".
         bytes_before: of weight and scale, before.
         bytes_after: of weight and scale, after.
     """

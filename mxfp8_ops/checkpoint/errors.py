@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or contradicts itself: says which file and which tensor."""
@@ -11,8 +13,8 @@ class Mismatch(CheckpointError):
     """A checkpoint that was written, read again, is not what it should be."""
 
 
-def listed(names: object, most: int = 8) -> str:
+def listed(names: Iterable[object], most: int = 8) -> str:
     """Some names in one line: the first ``most`` of them, and how many more there are."""
-    names = sorted(map(str, names))  # type: ignore[call-overload]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    words = sorted(map(str, names))
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

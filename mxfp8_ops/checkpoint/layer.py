@@ -104,13 +104,21 @@ class LayerSource:
         """
         weight = files.read(self.weight.name, rows, columns).view(torch.uint8)
         scale = self.layout.to_rows(files.read(self.scale.name).view(SCALE_DTYPE), self.shape)
-        unscaled = scale.flatten(-2).amax(-1) == 0  # of each expert
-        if unscaled.any() and ((weight[unscaled] & 0x7F) != 0).any():
+        if never_written(weight, scale):
             raise CheckpointError(f"{self.scale}: all scales are 0 although {self.weight.name} is not: never written?")
-        missing = -weight.shape[-1] % BLOCK_SIZE
-        if missing:
-            weight = torch.nn.functional.pad(weight, (0, missing))
-        return weight.view(ELEMENT_DTYPE), scale[..., rows, _blocks(columns)].contiguous()
+        return whole_blocks(weight).view(ELEMENT_DTYPE), scale[..., rows, _blocks(columns)].contiguous()
+
+
+def never_written(weight: Tensor, scale: Tensor) -> bool:
+    """Whether all scales of a matrix of ``weight [..., N, K]`` are 0 although its elements are not; both are uint8."""
+    unscaled = scale.flatten(-2).amax(-1) == 0  # of each expert
+    return bool(unscaled.any() and ((weight[unscaled] & 0x7F) != 0).any())
+
+
+def whole_blocks(weight: Tensor) -> Tensor:
+    """``weight [..., K]`` uint8 with zeros up to the next K that is a multiple of 32; itself where K is one."""
+    missing = -weight.shape[-1] % BLOCK_SIZE
+    return torch.nn.functional.pad(weight, (0, missing)) if missing else weight
 
 
 def _blocks(columns: slice) -> slice:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
 from .. import functional
+from ..checkpoint.layer import never_written, whole_blocks
 from ..convert import dequant_bounded
-from ..format import BLOCK_SIZE, ELEMENT_DTYPE, scale_bytes
+from ..format import ELEMENT_DTYPE, scale_bytes
 from ..nn import frozen_parameter
 from .plan import Plan
 
@@ -37,17 +38,14 @@ class _FromCheckpoint(_Operation):
 
     def _dense(self, name: str, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """``[..., N, K]`` in ``dtype``, K whole blocks or not."""
-        rows, k = self._rows(name, weight, scale), weight.shape[-1]
-        if k % BLOCK_SIZE:
-            padded = nn.functional.pad(weight.view(torch.uint8), (0, -k % BLOCK_SIZE)).view(ELEMENT_DTYPE)
-            return dequant_bounded(padded, rows, dtype)[..., :k].contiguous()
-        return dequant_bounded(weight, rows, dtype)
+        rows, padded = self._rows(name, weight, scale), whole_blocks(weight.view(torch.uint8)).view(ELEMENT_DTYPE)
+        return dequant_bounded(padded, rows, dtype)[..., : weight.shape[-1]].contiguous()
 
     def _rows(self, name: str, weight: Tensor, scale: Tensor) -> Tensor:
         """Scale bytes ``[..., N, ceil(K/32)]``. Notes what only the values show."""
         self.plan.loaded.add(name)
         stored = scale_bytes(scale)
-        if not stored.any() and bool((weight.view(torch.uint8) & 0x7F).any()):
+        if never_written(weight.view(torch.uint8), stored):
             self.plan.problems.append(f"all scales of {name} are 0 although its elements are not: never written?")
         layout = self.plan.kept.get(name) or self.plan.dense[name]
         return layout.to_rows(stored, tuple(weight.shape)).contiguous()

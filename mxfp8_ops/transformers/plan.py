@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,8 +11,8 @@ from transformers import PreTrainedModel
 from ..checkpoint.errors import CheckpointError, listed
 from ..checkpoint.layer import LayerSource
 from ..checkpoint.layouts import Layout, RowMajor
-from ..checkpoint.names import modules
-from ..convert import linears_to_leave
+from ..checkpoint.names import modules, wildcards
+from ..convert import linears_to_leave, module_places, swap_module
 from ..format import BLOCK_SIZE
 from ..nn import Mxfp8Linear
 
@@ -118,18 +117,15 @@ def plan_quantization(model: PreTrainedModel, excluded: list[str], targets: Targ
 
 def is_listed(name: str, patterns: list[str]) -> bool:
     """Whether a pattern is ``name``, its beginning or end up to a dot, or matches it with wildcards."""
-    return modules(name, patterns) or any(fnmatchcase(name, pattern) for pattern in patterns)
+    return modules(name, patterns) or wildcards(name, patterns)
 
 
 def make_room(model: nn.Module, names: Iterable[str]) -> None:
     """Puts empty ``Mxfp8Linear`` layers on the meta device in the place of linears, wherever these are used."""
-    wanted = {model.get_submodule(name) for name in names}
-    replaced: dict[nn.Module, Mxfp8Linear] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.Linear) and module in wanted:
-            if module not in replaced:
-                replaced[module] = _empty(module)
-            model.set_submodule(name, replaced[module])
+    places = module_places(model)
+    for linear in {model.get_submodule(name) for name in names}:
+        assert isinstance(linear, nn.Linear)
+        swap_module(places, linear, _empty(linear))
 
 
 def _empty(linear: nn.Linear) -> Mxfp8Linear:

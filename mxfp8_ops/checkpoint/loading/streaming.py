@@ -124,8 +124,7 @@ class Stream:
             device, dtype = self._device(target), self.dtype or self.checkpoint.dtype
             dense = dequant_bounded(weight.to(device), scale.to(device), dtype)
             return dense[..., : piece.shape[-1]].contiguous()  # without what fills up K to a multiple of 32
-        part = (rows, columns) if len(piece.shape) > 1 else (rows,)
-        tensor = self.checkpoint.files.read(piece.name, *(part if part != (EVERYTHING,) * len(part) else ()))
+        tensor = self.checkpoint.files.read(piece.name, *(rows, columns)[: len(piece.shape)])
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     def _part(self, target: Target, piece: Piece) -> tuple[slice, slice]:
