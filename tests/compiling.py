@@ -5,7 +5,9 @@ and weights for tests of them. Needs Triton.
 from __future__ import annotations
 
 import io
+import math
 import re
+import subprocess
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -23,10 +25,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import hopper, plans
+from mxfp8_ops.gpu import dispatch, hopper, plans
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
+
+KNOWN = ("3.6", "3.7", "3.8", "3.9")
+"""Versions of Triton in which the kernels must compile. With others, weights may do without them."""
+DTYPES = (torch.bfloat16, torch.float16)
+ENDS = ((4096, True, 0), (4097, False, 1))
+"""Numbers of outputs, of which Triton builds on multiples of 16, whether there is a bias, and how many rows a tile
+lacks: x comes in other boxes then. Not each with each dtype: kernels take long to compile.
+"""
 
 LOG = "ptxas.log"
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
@@ -192,3 +202,96 @@ def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     assert found is not None, f"no {pattern!r} in {text[-2000:]}"
     return int(found[1])
+
+
+# --- what is asked of every kernel ----------------------------------------------------------------------------------
+
+
+def compiled(
+    plan: plans.Plan, packed: bool, n: int, dtype: torch.dtype, bias: bool, folder: Path, less: int = 0
+) -> Compiled:
+    launch = launches(plan, plan.rows - less, n, 4096, dtype, bias, packed)[0]
+    try:
+        return compile_for_hopper(launch, folder)
+    except Exception as error:
+        if not triton.__version__.startswith(KNOWN) and dispatch._is_of_compiler(error):
+            pytest.skip(f"Triton {triton.__version__} does not compile it, and dispatch does without")
+        raise
+
+
+def compiled_at_an_end(plan: plans.Plan, packed: bool, dtype: torch.dtype, folder: Path) -> Compiled:
+    """At one of ENDS, another one for each dtype, and the other way round for canonical weights."""
+    n, bias, less = ENDS[DTYPES.index(dtype) if packed else 1 - DTYPES.index(dtype)]
+    return compiled(plan, packed, n, dtype, bias, folder, less)
+
+
+def check_fits(found: Compiled, at_once: int) -> None:
+    """That so many programs fit a multiprocessor."""
+    assert found.shared <= SHARED
+    assert at_once * (found.shared + 1024) <= SHARED + 1024  # the system takes a KiB for each
+    assert at_once * found.threads * -(-found.registers // 8) * 8 <= plans.REGISTERS
+
+
+def check_loads(found: Compiled) -> None:
+    """That a stage waits for the bytes which are on their way, no more and no less: for more it would wait for ever."""
+    stages = loaded_bytes(found)
+    assert stages
+    assert all(expected == loaded for expected, loaded in stages)
+
+
+def loaded_bytes(found: Compiled) -> list[tuple[int, int]]:
+    """The bytes that each stage waits for, and those that TMA is told to bring to it right after."""
+    stages: list[tuple[int, int]] = []
+    for line in found.ttgir.splitlines():
+        if "barrier_expect" in line:
+            bytes_expected = re.search(r"barrier_expect %\S+, (\d+)", line)
+            assert bytes_expected is not None
+            stages.append((int(bytes_expected[1]), 0))
+        elif "async_tma_copy_global_to_local" in line:
+            box = re.search(r"-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)", line)
+            assert box is not None
+            size = math.prod(map(int, box[1].split("x")[:-1]))
+            expected, loaded = stages[-1]
+            stages[-1] = expected, loaded + size * int(box[2]) // 8
+    in_ptx = re.findall(r"expect_tx\.\S+ _, \[(%\w+)\], (\d+);|cp\.async\.bulk\.tensor.*\[(%\w+)\];", found.ptx)
+    barrier = ""
+    for waiting, _, told in in_ptx:
+        barrier = waiting or barrier
+        assert told in ("", barrier)  # which is the barrier that waits for it
+    assert [int(expected) for _, expected, _ in in_ptx if expected] == [expected for expected, _ in stages]
+    return stages
+
+
+def fast_loops(cubin: Path) -> list[list[str]]:
+    """The instructions of every loop that multiplies what it has decoded in the dtype of x: not through float32."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    text = subprocess.run([tool, "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
+    code: list[str] = []
+    places: dict[str, int] = {}
+    loops = []
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            places[label[1]] = len(code)
+        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction:
+            code.append(instruction[1])
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in places:
+                loops.append(code[places[back[1]] :])
+    return [loop for loop in loops if _has(loop, "HMUL2") and _has(loop, "MMA") and not _has(loop, "FMUL")]
+
+
+def _has(loop: list[str], instruction: str) -> bool:
+    return any(instruction in line for line in loop)
+
+
+def check_loops(folder: Path, stored: int, loaded: int) -> None:
+    """That there are loops that decode fast, and how often at most they store to local memory and load from there.
+    What is kept there was mostly stored before: the loop only reads it again.
+    """
+    loops = fast_loops(folder / "kernel.cubin")
+    assert loops, "no loop decodes fast"
+    for loop in loops:
+        assert sum("STL" in line for line in loop) <= stored
+        assert sum("LDL" in line for line in loop) <= loaded

@@ -6,11 +6,14 @@ So the eight pairs of rows of A are four pairs of rows of the weight, at two gro
 and eight columns of B are four rows of x at the same two groups. The products of one group with the other are thrown
 away in the end.
 
-That makes small programs of 8 outputs, whose warps stand along K with four loads of 16 bytes in flight in every lane.
-So many bytes are on the way at once that reading the weight costs little more than its bytes; nothing waits for
-anything but its own loads, and x comes from the caches.
+That makes small programs of one or two tiles of 8 outputs, whose warps stand along K with four or more loads of 16
+bytes in flight in every lane. So many bytes are on the way at once that reading the weight costs little more than its
+bytes; nothing waits for anything but its own loads, and x comes from the caches: two tiles share what they load of it.
+All programs begin at about the same time, and so does what they do before their first load and after their last: it
+counts as much as the loop, and is as short as can be.
 
-Where a code needs exact decoding, the program computes its outputs again: it looks at the mark after the loop.
+Where a code needs exact decoding, the program computes its outputs again: it looks at the mark after the loop. It loads
+the mark in the loop, since the compiler would compare a mark that is loaded before right there, and wait for it.
 """
 
 from __future__ import annotations
@@ -19,10 +22,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import float16_in_both_halves, halves, needs_exact, operand, scale_to_float32, scaled, separate
+from .fragments import float16_in_both_halves, halves, place_of_mark, scale_to_float32, scaled, separate
 
 _BLOCK = gl.constexpr(132 * 32)  # words of 128 rows and 128 elements of K: see mxfp8_ops.packing
-_BLOCKS = gl.constexpr(2)  # of a warp in a turn
 _EXTRACT = gl.constexpr("prmt.b32 $0, $1, 0, $2;")  # bytes of $1 by number; number 4 is zero
 
 
@@ -36,25 +38,23 @@ def kernel(
     N,
     K,
     ROWS: gl.constexpr,  # 4 or 8, at least M
+    TILES: gl.constexpr,  # of 8 outputs, in a program: 1 or 2
     WARPS: gl.constexpr,
+    BLOCKS: gl.constexpr,  # of a warp in a turn
     RAGGED_K: gl.constexpr,  # K is no multiple of what the warps take in a turn
     HAS_BIAS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = out.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    exact = needs_exact(packed, N, K, DTYPE)  # on its way while the loop runs
-    total = _products(x, packed, M, K, ROWS, WARPS, _BLOCKS, MMA, DTYPE, RAGGED_K, False)
-    if exact:
-        total = _products(x, packed, M, K, ROWS, WARPS, 1, MMA, DTYPE, True, True)
-    total = _sums(total, ROWS, WARPS)
+    mark = place_of_mark(packed, N, K, DTYPE)
+    total, marked = _products(x, packed, mark, M, K, (ROWS, TILES, WARPS, BLOCKS), MMA, DTYPE, RAGGED_K, False)
+    if marked != 0:
+        total, _ = _products(x, packed, mark, M, K, (ROWS, TILES, WARPS, 1), MMA, DTYPE, True, True)
+    total = _sums(total, ROWS, TILES, WARPS)
     LAYOUT: gl.constexpr = total.type.layout
-    n = (
-        gl.program_id(0) // 2 * 16
-        + gl.program_id(0) % 2 * 4
-        + places_along(2, 0, 3, LAYOUT) * 8
-        + places_along(4, 1, 3, LAYOUT)
-    )
-    m = places_along(ROWS, 2, 3, LAYOUT)
+    tile = gl.program_id(0) * TILES + places_along(TILES, 0, 4, LAYOUT)
+    n = tile // 2 * 16 + tile % 2 * 4 + places_along(2, 1, 4, LAYOUT) * 8 + places_along(4, 2, 4, LAYOUT)
+    m = places_along(ROWS, 3, 4, LAYOUT)
     if HAS_BIAS:
         total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
     gl.store(out + m * N + n, total.to(DTYPE), mask=(m < M) & (n < N))
@@ -64,54 +64,59 @@ def kernel(
 def _products(
     x,
     packed,
+    mark,
     M,
     K,
-    ROWS: gl.constexpr,
-    WARPS: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    SIZES: gl.constexpr,  # rows, tiles, warps, blocks
     MMA: gl.constexpr,
     DTYPE: gl.constexpr,
     RAGGED: gl.constexpr,
     EXACT: gl.constexpr,
 ):
-    """Every warp's sums ``[WARPS, 16, 2 * ROWS]`` of its blocks."""
-    words, scales, pairs = _places(x, packed, M, K, ROWS, WARPS, BLOCKS, MMA)
-    total = gl.zeros([WARPS, 16, 2 * ROWS], gl.float32, MMA)
-    whole = K // (WARPS * BLOCKS * 128) * (WARPS * BLOCKS)
-    for first in range(0, whole, WARPS * BLOCKS):
-        total = _turn(words, scales, pairs, first, K, total, ROWS, WARPS, BLOCKS, MMA, DTYPE, False, EXACT)
+    """Every warp's sums ``[WARPS, TILES * 16, 2 * ROWS]`` of its blocks, and what is written at ``mark``."""
+    ROWS: gl.constexpr = SIZES[0]
+    TILES: gl.constexpr = SIZES[1]
+    TOGETHER: gl.constexpr = SIZES[2] * SIZES[3]
+    words, scales, pairs = _places(x, packed, M, K, SIZES, MMA)
+    total = gl.zeros([SIZES[2], TILES * 16, 2 * ROWS], gl.float32, MMA)
+    marked = 0
+    for _ in range(K // (TOGETHER * 128)):
+        total, marked = _turn(words, scales, pairs, mark, 0, total, SIZES, MMA, DTYPE, False, EXACT)
+        words += TOGETHER * _BLOCK
+        scales += TOGETHER * _BLOCK
+        pairs += TOGETHER * 64
     if RAGGED:
-        total = _turn(words, scales, pairs, whole, K, total, ROWS, WARPS, BLOCKS, MMA, DTYPE, True, EXACT)
-    return total
+        left = K % (TOGETHER * 128) // 32
+        total, marked = _turn(words, scales, pairs, mark, left, total, SIZES, MMA, DTYPE, True, EXACT)
+    return total, marked
 
 
 @gluon.jit
-def _places(x, packed, M, K, ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr):
+def _places(x, packed, M, K, SIZES: gl.constexpr, MMA: gl.constexpr):
     """Where a lane begins: pointers to words, to words of four scales, and to pairs of elements of x, as ``_turn``
-    reads them, less what is added for block, k6, k4 k3 and r3: the same for all lanes, it becomes part of instructions.
+    reads them, less what is added for tile, block, k6, k4 k3 and r3: the same for all lanes, it becomes part of
+    instructions.
     """
-    tile = gl.program_id(0) // 2  # of 16 rows: r6, r5, r4
-    r2 = gl.program_id(0) % 2
-    rows = packed + tile // 8 * ((K + 127) // 128) * _BLOCK  # 128 of them
+    ROWS: gl.constexpr = SIZES[0]
+    WARPS: gl.constexpr = SIZES[2]
+    BLOCKS: gl.constexpr = SIZES[3]
+    tile = gl.program_id(0) * SIZES[1]  # the first, of 8 rows: r6, r5, r4, r2
+    rows = packed + tile // 16 * ((K + 127) // 128) * _BLOCK  # 128 of them
 
-    WORD: gl.constexpr = _any_words(WARPS, BLOCKS, MMA).type.layout
-    pair = places_along(8, 1, 6, WORD)
-    words = places_along(WARPS, 0, 6, WORD) * (BLOCKS * _BLOCK) + tile % 8 // 4 * 1024 + tile % 4 * 128 + r2 * 64
-    words += pair // 4 * 512 + pair % 4 * 16 + places_along(4, 5, 6, WORD) * 4
+    WORD: gl.constexpr = _any_words(SIZES, MMA).type.layout
+    pair = places_along(8, 2, 7, WORD)
+    words = places_along(WARPS, 0, 7, WORD) * (BLOCKS * _BLOCK) + tile % 16 // 8 * 1024 + tile % 8 * 64
+    words += pair // 4 * 512 + pair % 4 * 16 + places_along(4, 6, 7, WORD) * 4
 
-    BOTH: gl.constexpr = _any_scales(WARPS, BLOCKS, MMA).type.layout
-    scales = places_along(WARPS, 0, 4, BOTH) * (BLOCKS * _BLOCK) + 4096 + tile % 8 * 16 + r2 * 8
-    scales += places_along(8, 1, 4, BOTH) % 4 * 2
+    BOTH: gl.constexpr = _any_scales(SIZES, MMA).type.layout
+    scales = places_along(WARPS, 0, 5, BOTH) * (BLOCKS * _BLOCK) + 4096 + tile % 16 * 8
+    scales += places_along(8, 2, 5, BOTH) % 4 * 2
 
-    X: gl.constexpr = _any_pairs(ROWS, WARPS, BLOCKS, MMA).type.layout
+    X: gl.constexpr = _any_pairs(SIZES, MMA).type.layout
     column = places_along(2 * ROWS, 1, 6, X)
     m = gl.minimum(column // 8 * 4 + column % 4, M - 1)
-    pairs = (
-        m * (K // 32 * 16)
-        + places_along(WARPS, 0, 6, X) * (BLOCKS * 64)
-        + column % 8 // 4 * 16
-        + places_along(4, 5, 6, X)
-    )
+    pairs = m * (K // 2) + places_along(WARPS, 0, 6, X) * (BLOCKS * 64)
+    pairs += column % 8 // 4 * 16 + places_along(4, 5, 6, X)
     return rows + words, rows + scales, x + pairs
 
 
@@ -120,40 +125,38 @@ def _turn(
     words,
     scales,
     pairs,
-    first,  # block of K of the first warp
-    K,
+    mark,
+    left,  # groups of K, if RAGGED
     total,
-    ROWS: gl.constexpr,
-    WARPS: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    SIZES: gl.constexpr,
     MMA: gl.constexpr,
     DTYPE: gl.constexpr,
     RAGGED: gl.constexpr,
     EXACT: gl.constexpr,
 ):
-    """Adds the products of BLOCKS blocks of each warp to its total. RAGGED: K may end before.
+    """Adds the products of some blocks of each warp to its total, and looks at ``mark``. RAGGED: K may end before.
 
-    It reads words ``[warp, pair, block, k6, k4 k3, k21]``, words of scales ``[warp, pair, block, r3]`` and pairs of x
-    ``[warp, column, block, k6, k4 k3, k21]``. A pair of rows is k5, r1, r0; a column the higher bits of m, k5, and m's
-    lower two.
+    It reads words ``[warp, tile, pair, block, k6, k4 k3, k21]``, words of scales ``[warp, tile, pair, block, r3]`` and
+    pairs of x ``[warp, column, block, k6, k4 k3, k21]``. A pair of rows is k5, r1, r0; a column the higher bits of m,
+    k5, and m's lower two.
     """
-    WORD: gl.constexpr = _any_words(WARPS, BLOCKS, MMA).type.layout
-    BOTH: gl.constexpr = _any_scales(WARPS, BLOCKS, MMA).type.layout
-    X: gl.constexpr = _any_pairs(ROWS, WARPS, BLOCKS, MMA).type.layout
-    words += first * _BLOCK
-    words += (
-        places_along(BLOCKS, 2, 6, WORD) * _BLOCK + places_along(2, 3, 6, WORD) * 2048 + places_along(4, 4, 6, WORD)
-    )
-    scales += first * _BLOCK
-    scales += places_along(BLOCKS, 2, 4, BOTH) * _BLOCK + places_along(2, 3, 4, BOTH)
-    pairs += first * 64
+    ROWS: gl.constexpr = SIZES[0]
+    TILES: gl.constexpr = SIZES[1]
+    WARPS: gl.constexpr = SIZES[2]
+    BLOCKS: gl.constexpr = SIZES[3]
+    WORD: gl.constexpr = _any_words(SIZES, MMA).type.layout
+    BOTH: gl.constexpr = _any_scales(SIZES, MMA).type.layout
+    X: gl.constexpr = _any_pairs(SIZES, MMA).type.layout
+    words += places_along(TILES, 1, 7, WORD) * 64 + places_along(BLOCKS, 3, 7, WORD) * _BLOCK
+    words += places_along(2, 4, 7, WORD) * 2048 + places_along(4, 5, 7, WORD)
+    scales += places_along(TILES, 1, 5, BOTH) * 8 + places_along(BLOCKS, 3, 5, BOTH) * _BLOCK
+    scales += places_along(2, 4, 5, BOTH)
     pairs += places_along(BLOCKS, 2, 6, X) * 64 + places_along(2, 3, 6, X) * 32 + places_along(4, 4, 6, X) * 4
     if RAGGED:
-        left = K // 32 - first * 4  # groups
-        group = (places_along(WARPS, 0, 6, WORD) * BLOCKS + places_along(BLOCKS, 2, 6, WORD)) * 4
-        group += places_along(2, 3, 6, WORD) * 2 + places_along(8, 1, 6, WORD) // 4
+        group = (places_along(WARPS, 0, 7, WORD) * BLOCKS + places_along(BLOCKS, 3, 7, WORD)) * 4
+        group += places_along(2, 4, 7, WORD) * 2 + places_along(8, 2, 7, WORD) // 4
         word = gl.load(words, mask=group < left, other=0, eviction_policy="evict_first")
-        group = (places_along(WARPS, 0, 4, BOTH) * BLOCKS + places_along(BLOCKS, 2, 4, BOTH)) * 4
+        group = (places_along(WARPS, 0, 5, BOTH) * BLOCKS + places_along(BLOCKS, 3, 5, BOTH)) * 4
         codes = gl.load(scales, mask=group < left, other=0)
         group = (places_along(WARPS, 0, 6, X) * BLOCKS + places_along(BLOCKS, 2, 6, X)) * 4
         group += places_along(2, 3, 6, X) * 2 + places_along(2 * ROWS, 1, 6, X) % 8 // 4
@@ -162,46 +165,41 @@ def _turn(
         word = gl.load(words, eviction_policy="evict_first")
         codes = gl.load(scales)
         pair = gl.load(pairs)
-    return mma_v2(
-        _weight(word, codes, WARPS, BLOCKS, MMA, DTYPE, EXACT), _rows(pair, ROWS, WARPS, BLOCKS, MMA, DTYPE), total
-    )
+    marked = gl.load(mark)
+    return mma_v2(_weight(word, codes, SIZES, MMA, DTYPE, EXACT), _rows(pair, SIZES, MMA, DTYPE), total), marked
 
 
 @gluon.jit
-def _rows(pair, ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
+def _rows(pair, SIZES: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
     """Operand B ``[WARPS, BLOCKS * 64, 2 * ROWS]``: names registers, moves nothing."""
     one, other = halves(pair)
-    rows = gl.permute(gl.reshape(gl.join(one, other), [WARPS, 2 * ROWS, BLOCKS * 64]), (0, 2, 1))
+    rows = gl.permute(gl.reshape(gl.join(one, other), [SIZES[2], 2 * SIZES[0], SIZES[3] * 64]), (0, 2, 1))
     return gl.convert_layout(rows.to(DTYPE, bitcast=True), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _weight(
-    word,
-    codes,
-    WARPS: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    MMA: gl.constexpr,
-    DTYPE: gl.constexpr,
-    EXACT: gl.constexpr,
-):
-    """Operand A ``[WARPS, 16, BLOCKS * 64]``."""
+def _weight(word, codes, SIZES: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """Operand A ``[WARPS, TILES * 16, BLOCKS * 64]``: names registers but for the arithmetic."""
     codes_one, codes_other = gl.split(codes)
     one, other = separate(word, DTYPE, EXACT)
-    one = scaled(one, _scale(codes_one, word, WARPS, BLOCKS, DTYPE, EXACT), DTYPE, EXACT)
-    other = scaled(other, _scale(codes_other, word, WARPS, BLOCKS, DTYPE, EXACT), DTYPE, EXACT)
-    return operand(one, other, [WARPS, 16, BLOCKS * 64], gl.DotOperandLayout(0, MMA, 2), DTYPE)
+    one = scaled(one, _scale(codes_one, word, SIZES, DTYPE, EXACT), DTYPE, EXACT)
+    other = scaled(other, _scale(codes_other, word, SIZES, DTYPE, EXACT), DTYPE, EXACT)
+    one_0, one_1 = halves(one)
+    other_0, other_1 = halves(other)
+    bits = gl.join(gl.join(one_0, other_0), gl.join(one_1, other_1))  # warp, tile, pair, block, k6, k43, k21, r3, k0
+    tile = gl.reshape(gl.permute(bits, (0, 1, 7, 2, 3, 4, 5, 6, 8)), [SIZES[2], SIZES[1] * 16, SIZES[3] * 64])
+    return gl.convert_layout(tile.to(DTYPE, bitcast=True), gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _scale(codes, word, WARPS: gl.constexpr, BLOCKS: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
-    """What the elements of each word are multiplied by, in the form that ``scaled`` takes, from words ``[warp, pair,
-    block]`` of the codes of four groups. A lane takes those of its k5.
+def _scale(codes, word, SIZES: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """What the elements of each word are multiplied by, in the form that ``scaled`` takes, from words ``[warp, tile,
+    pair, block]`` of the codes of four groups. A lane takes those of its k5.
     """
-    GROUP: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, word.type.layout))
-    group = places_along(2, 3, 4, GROUP) * 2 + places_along(8, 1, 4, GROUP) // 4
-    every = gl.full([WARPS, 8, BLOCKS, 2], 0, gl.int32, GROUP)
-    codes, _ = gl.broadcast(gl.expand_dims(codes, 3), every)
+    GROUP: gl.constexpr = gl.SliceLayout(5, gl.SliceLayout(6, word.type.layout))
+    group = places_along(2, 4, 5, GROUP) * 2 + places_along(8, 2, 5, GROUP) // 4
+    every = gl.full([SIZES[2], SIZES[1], 8, SIZES[3], 2], 0, gl.int32, GROUP)
+    codes, _ = gl.broadcast(gl.expand_dims(codes, 4), every)
     if EXACT:
         scale = scale_to_float32((codes >> (group * 8)) & 0xFF)
     elif gl.bfloat16 == DTYPE:  # 2**120 times the scale, in both halves: bits without a carry, as no code is above 134
@@ -212,43 +210,84 @@ def _scale(codes, word, WARPS: gl.constexpr, BLOCKS: gl.constexpr, DTYPE: gl.con
     else:  # 2**8 times the scale
         code = gl.inline_asm_elementwise(_EXTRACT, "=r,r,r", [codes, every + group + 0x4440], gl.int32, True, 1)
         scale = float16_in_both_halves(code * 0x00800000 + 0x04000000)
-    scale, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(scale, 4), 5), word)
+    scale, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(scale, 5), 6), word)
     return scale
 
 
 @gluon.jit
-def _sums(total, ROWS: gl.constexpr, WARPS: gl.constexpr):
-    """``[r3, r1 r0, m]``, from ``total [WARPS, 16, 2 * ROWS]``: where both groups are the same, of all warps."""
-    LAYOUT: gl.constexpr = total.type.layout
-    same = places_along(16, 1, 3, LAYOUT) % 8 // 4 == places_along(2 * ROWS, 2, 3, LAYOUT) % 8 // 4
-    total = gl.reshape(gl.where(same, total, 0.0), [WARPS, 2, 2, 4, ROWS // 4, 2, 4])
-    # One axis after another: a sum takes the lanes of its axis to be neighbours, which those of two axes are not.
-    return gl.reshape(gl.sum(gl.sum(gl.sum(total, 5), 2), 0), [2, 4, ROWS])
+def _sums(total, ROWS: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr):
+    """``[tile, r3, r1 r0, m]``, from ``total [WARPS, TILES * 16, 2 * ROWS]``: where both groups are the same, of all
+    warps. Every lane of the program adds up a share, and what it has is what it stores.
+    """
+    shared = gl.allocate_shared_memory(gl.float32, total.shape, _sums_in_memory(ROWS, TILES, WARPS))
+    shared.store(total)
+    PARTS: gl.constexpr = _sums_in_lanes(ROWS, TILES, WARPS)
+    parts = gl.reshape(shared.load(PARTS), [WARPS, TILES, 2, 2, 4, ROWS // 4, 2, 4])
+    LAYOUT: gl.constexpr = parts.type.layout
+    parts = gl.where(places_along(2, 3, 8, LAYOUT) == places_along(2, 6, 8, LAYOUT), parts, 0.0)
+    return gl.reshape(gl.sum(gl.sum(gl.sum(parts, 6), 3), 0), [TILES, 2, 4, ROWS])
+
+
+@gluon.constexpr_function
+def _sums_places(rows, tiles, warps):
+    """Places in ``[warps, tiles * 16, 2 * rows]`` of the bits of a warp's number, and of those of a sum's: m's lower
+    two, r1, r0, r3, then tile and m's highest.
+    """
+    warp = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    more = [[0, 16 << i, 0] for i in range(tiles.bit_length() - 1)] + [[0, 0, 8]] * (rows // 8)
+    return warp, [[0, 0, 1], [0, 0, 2], [0, 2, 0], [0, 1, 0], [0, 8, 0], *more]
+
+
+@gluon.constexpr_function
+def _sums_in_lanes(rows, tiles, warps):
+    """Parts of the same sum in lanes next to each other, both groups in one lane."""
+    warp, places = _sums_places(rows, tiles, warps)
+    lanes = 5 - len(warp)
+    registers = [[0, 4, 0], [0, 0, 4], *places[5:]]
+    return gl.DistributedLinearLayout(
+        registers, warp + places[:lanes], places[lanes:5], [], [warps, tiles * 16, 2 * rows]
+    )
+
+
+@gluon.constexpr_function
+def _sums_in_memory(rows, tiles, warps):
+    """A warp's sums one after another, as matrix units leave them in lanes. Those of the next warp stand in other
+    banks: bits of the warp's number are added to those that choose the bank and are the same for all who read at once.
+    """
+    warp, places = _sums_places(rows, tiles, warps)
+    m0, m1, r1, r0, r3 = places[:5]
+    swizzled = [
+        [a + b for a, b in zip(place, other, strict=True)]
+        for place, other in zip(warp, ([0, 0, 4], r0, r1, m1), strict=False)
+    ]
+    return gl.SharedLinearLayout([m0, m1, [0, 0, 4], r0, r1, [0, 4, 0], r3, *places[5:], *swizzled])
 
 
 @gluon.jit
-def _any_words(WARPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr):
+def _any_words(SIZES: gl.constexpr, MMA: gl.constexpr):
     """Some words in the layout that makes decoded elements lie as operand A wants them."""
-    tile = gl.full([WARPS, 16, BLOCKS * 64], 0, gl.int8, gl.DotOperandLayout(0, MMA, 2))
-    bits = gl.reshape(tile, [WARPS, 2, 8, BLOCKS, 2, 4, 4, 2])  # warp, r3, pair, block, k6, k43, k21, k0
-    rows, _ = gl.split(gl.permute(bits, (0, 2, 3, 4, 5, 6, 1, 7)))
+    tile = gl.full([SIZES[2], SIZES[1] * 16, SIZES[3] * 64], 0, gl.int8, gl.DotOperandLayout(0, MMA, 2))
+    # warp, tile, r3, pair, block, k6, k43, k21, k0
+    bits = gl.reshape(tile, [SIZES[2], SIZES[1], 2, 8, SIZES[3], 2, 4, 4, 2])
+    rows, _ = gl.split(gl.permute(bits, (0, 1, 3, 4, 5, 6, 7, 2, 8)))
     word, _ = gl.split(rows)
     return word
 
 
 @gluon.jit
-def _any_scales(WARPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr):
+def _any_scales(SIZES: gl.constexpr, MMA: gl.constexpr):
     """Some words of scales in the layout in which a lane has those of its words, both r3 side by side."""
-    WORD: gl.constexpr = _any_words(WARPS, BLOCKS, MMA).type.layout
-    four = gl.full([WARPS, 8, BLOCKS], 0, gl.int32, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, WORD))))
+    WORD: gl.constexpr = _any_words(SIZES, MMA).type.layout
+    FOUR: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, gl.SliceLayout(6, WORD)))
+    four = gl.full([SIZES[2], SIZES[1], 8, SIZES[3]], 0, gl.int32, FOUR)
     return gl.join(four, four)
 
 
 @gluon.jit
-def _any_pairs(ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr):
+def _any_pairs(SIZES: gl.constexpr, MMA: gl.constexpr):
     """Some pairs of elements of x in the layout that makes them lie as operand B wants them."""
-    tile = gl.full([WARPS, BLOCKS * 64, 2 * ROWS], 0, gl.int8, gl.DotOperandLayout(1, MMA, 2))
-    pair, _ = gl.split(gl.reshape(gl.permute(tile, (0, 2, 1)), [WARPS, 2 * ROWS, BLOCKS, 2, 4, 4, 2]))
+    tile = gl.full([SIZES[2], SIZES[3] * 64, 2 * SIZES[0]], 0, gl.int8, gl.DotOperandLayout(1, MMA, 2))
+    pair, _ = gl.split(gl.reshape(gl.permute(tile, (0, 2, 1)), [SIZES[2], 2 * SIZES[0], SIZES[3], 2, 4, 4, 2]))
     return pair
 
 

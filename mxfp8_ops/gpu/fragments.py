@@ -56,10 +56,16 @@ _SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
 @gluon.jit
 def needs_exact(packed, N, K, DTYPE: gl.constexpr):
-    """Whether the packed weight ``[N, K]`` has codes that need exact decoding in DTYPE: see its last row."""
+    """Whether the packed weight ``[N, K]`` has codes that need exact decoding in DTYPE."""
+    return gl.load(place_of_mark(packed, N, K, DTYPE)) != 0
+
+
+@gluon.jit
+def place_of_mark(packed, N, K, DTYPE: gl.constexpr):
+    """Where it is written whether that is so: a word of the weight's last row, 0 if not."""
     blocks = (N + 127) // 128 * ((K + 127) // 128)
     WORD: gl.constexpr = 0 if gl.bfloat16 == DTYPE else 1
-    return gl.load(packed + (blocks * (132 * 32) + WORD)) != 0
+    return packed + (blocks * (132 * 32) + WORD)
 
 
 @gluon.jit

@@ -85,11 +85,12 @@ def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | Non
 
 def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
+    together = chosen.warps * chosen.blocks
     launch(
         direct.kernel,
-        (2 * divided(n, 16),),
+        (chosen.programs(n),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
-        (chosen.rows, chosen.warps, k % (256 * chosen.warps) != 0, bias is not None),
+        (chosen.rows, chosen.tiles, chosen.warps, chosen.blocks, k % (128 * together) != 0, bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
     )

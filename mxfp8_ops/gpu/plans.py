@@ -18,11 +18,24 @@ REGISTERS = 65536
 
 @dataclass(frozen=True)
 class Direct:
-    """The kernel in ``direct``: rows of x (4 or 8), warps of a program, registers of a lane."""
+    """The kernel in ``direct``: rows of x (4 or 8), tiles of 8 outputs and warps of a program, blocks of K that a warp
+    takes in a turn, registers of a lane.
+    """
 
     rows: int
+    tiles: int
     warps: int
+    blocks: int
     registers: int = 64
+
+    def programs(self, n: int) -> int:
+        """For so many outputs."""
+        return divided(2 * divided(n, 16), self.tiles)
+
+    @property
+    def at_once(self) -> int:
+        """Programs that a multiprocessor runs at the same time."""
+        return REGISTERS // (self.registers * 32 * self.warps)
 
 
 @dataclass(frozen=True)
@@ -124,12 +137,17 @@ TABLE: dict[Tiled, Cost] = {
 }
 
 
+DIRECT: dict[int, tuple[Direct, ...]] = {
+    4: (Direct(4, 1, 16, 2), Direct(4, 1, 8, 2), Direct(4, 1, 4, 4, 80), Direct(4, 2, 8, 1), Direct(4, 2, 4, 1)),
+    8: (Direct(8, 1, 16, 2), Direct(8, 2, 8, 2, 80), Direct(8, 2, 8, 1), Direct(8, 2, 4, 2, 80), Direct(8, 2, 4, 1)),
+}
+"""Of ``direct``, by the outputs that they compute at the same time, and so by how many they are best for. Of 29 shapes
+on an H200.
+"""
+
 NARROW: tuple[tuple[Narrow, float, int], ...] = (
     (Narrow(8, 4, 4), 0.5, 1),
-    (Narrow(8, 4, 3), 1, 2),
-    (Narrow(8, 4, 2), 2, 3),
-    (Narrow(8, 1, 6), 3, 6),
-    (Narrow(8, 1, 4), 6, 8),
+    (Narrow(8, 1, 4), 3, 8),
     (Narrow(16, 4, 4), 0.7, 1),
     (Narrow(16, 1, 4), 3, 6),
 )
@@ -144,14 +162,16 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
         for kind, least, most in _narrow(m, k):
             if least * processors < divided(n, 32) <= most * processors:
                 return kind
-    if packed and (m <= 4 or (m <= 8 and n < 24 * processors)):  # as few rows or outputs as that
-        return _direct(m, n, processors)
+    if packed and m <= 8:
+        direct = _direct(m, n, processors)
+        if direct is not None:
+            return direct
     return min(_tiled(m, n, k, processors), key=lambda choice: microseconds(choice, m, n, k, processors, packed))
 
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    few = [Direct(4 if m <= 4 else 8, warps) for warps in (4, 8, 16)] if packed and m <= 8 else []
+    few = DIRECT[4 if m <= 4 else 8] if packed and m <= 8 else ()
     narrow = [kind for kind, _, _ in _narrow(m, k)] if packed else []
     return [*few, *narrow, *_tiled(m, n, k, processors)]
 
@@ -223,15 +243,18 @@ def _narrow(m: int, k: int) -> Iterator[tuple[Narrow, float, int]]:
     return (each for each in NARROW if each[0].rows == max(8, 1 << (m - 1).bit_length()) and k % 128 == 0)
 
 
-def _direct(m: int, n: int, processors: int) -> Direct:
-    """As many warps along K as let every program start at once."""
+def _direct(m: int, n: int, processors: int) -> Direct | None:
+    """The first kind of which every program starts at once. If there is none, and if others are slower (None if not),
+    the last kind, or one of smaller programs where that would leave the chip half empty in the end.
+    """
+    kinds = DIRECT[4 if m <= 4 else 8]
+    for kind in kinds:
+        if kind.programs(n) <= kind.at_once * processors:
+            return kind
     if m > 4:
-        return Direct(8, 8)
-    programs = 2 * divided(n, 16)
-    for chosen in (Direct(4, 16), Direct(4, 8)):
-        if programs <= processors * (REGISTERS // (chosen.registers * 32 * chosen.warps)):
-            return chosen
-    return Direct(4, 4)
+        return None
+    last = kinds[-1].programs(n) % (kinds[-1].at_once * processors)
+    return kinds[-1] if last * 2 > kinds[-1].at_once * processors else kinds[1]
 
 
 def divided(length: int, size: int) -> int:

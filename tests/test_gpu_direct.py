@@ -1,0 +1,125 @@
+"""The kernel for very few rows of x, without a Hopper chip: compiled for one, and simulated on the CPU. Results on the
+chip itself are in tests/test_gpu_packed.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import assert_same, exact_linear_inputs
+from torch import Tensor
+
+from mxfp8_ops import packing, reference
+
+pytest.importorskip("triton.experimental.gluon")
+
+from compiling import check_loops, compiled_at_an_end, one_code_a_row, what_codes_mean
+from simulating import DTYPE, DTYPES, Pointer, places, simulate
+
+from mxfp8_ops.gpu import direct, plans
+
+KINDS = [kind for kinds in plans.DIRECT.values() for kind in kinds]
+KIND = pytest.mark.parametrize("kind", KINDS, ids=repr)
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    return simulate(monkeypatch)
+
+
+@DTYPE
+@KIND
+def test_it_compiles_and_reads_16_bytes_at_a_time(kind: plans.Direct, dtype: torch.dtype, tmp_path: Path) -> None:
+    found = compiled_at_an_end(kind, True, dtype, tmp_path)
+    assert found.registers <= kind.registers
+    assert re.search(r"ld\.global\S*evict_first\S*\.v4", found.ptx)
+    assert len(re.findall(r"bar\.sync|barrier\.sync", found.ptx)) == 1, "only between storing sums and adding them up"
+    check_loops(tmp_path, 2, 8)
+
+
+@KIND
+def test_sums_of_warps_are_stored_and_read_without_bank_conflicts(kind: plans.Direct) -> None:
+    """A lane of the matrix instruction stores two sums next to each other, so 16 lanes at a time, and reads one."""
+    sizes = kind.rows, kind.tiles, kind.warps
+    shape = (kind.warps, kind.tiles * 16, kind.rows * 2)
+    place = places(direct._sums_in_memory.fn(*sizes).offset_bases, shape)
+    for warp in range(kind.warps):
+        for row in range(0, shape[1], 4):
+            for column in range(0, shape[2], 8):
+                together = place[warp, row : row + 4, column : column + 8].flatten()
+                assert len((together % 32).unique()) == 32
+    lanes = direct._sums_in_lanes.fn(*sizes)
+    for others in combinations(lanes.reg_bases + lanes.warp_bases):
+        together = [place[added(others, lane)] for lane in combinations(lanes.lane_bases)]
+        assert len({int(at) % 32 for at in together}) == 32
+
+
+@KIND
+def test_every_sum_is_read_once_and_both_groups_and_all_warps_of_it_by_lanes_that_exchange_it(
+    kind: plans.Direct,
+) -> None:
+    lanes = direct._sums_in_lanes.fn(kind.rows, kind.tiles, kind.warps)
+    every = {
+        added(a, b) for a in combinations(lanes.reg_bases + lanes.warp_bases) for b in combinations(lanes.lane_bases)
+    }
+    assert len(every) == kind.warps * kind.tiles * 16 * kind.rows * 2
+    assert lanes.reg_bases[:2] == [[0, 4, 0], [0, 0, 4]]  # k5 of the weight's row and of x's column
+    warps = kind.warps.bit_length() - 1
+    assert lanes.lane_bases[:warps] == [[1 << i, 0, 0] for i in range(warps)]
+
+
+def combinations(bases: list[list[int]]) -> list[tuple[int, ...]]:
+    """Where the numbers 0, 1, 2, ... of a register, lane or warp are."""
+    found: list[tuple[int, ...]] = [(0, 0, 0)]
+    for basis in bases:
+        found += [added(each, tuple(basis)) for each in found]
+    return found
+
+
+def added(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a ^ b for a, b in zip(one, other, strict=True))
+
+
+def directly(
+    gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, plan: plans.Direct
+) -> Tensor:
+    """What ``direct.kernel`` computes, program by program, with x at the very end of its memory."""
+    m, k = x.shape
+    out = torch.full((m, n), torch.nan, dtype=x.dtype)
+    pointers = (x.contiguous().view(torch.int32), packed, x if bias is None else bias, out)
+    ragged = k % (128 * plan.warps * plan.blocks) != 0
+    constants = (plan.rows, plan.tiles, plan.warps, plan.blocks, ragged, bias is not None)
+    for program in range(plan.programs(n)):
+        gluon.program_id = lambda _, program=program: program
+        direct.kernel(*map(Pointer, pointers), m, n, k, *constants)
+    return out
+
+
+@DTYPE
+def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
+    simulated: SimpleNamespace, dtype: torch.dtype
+) -> None:
+    for m, n, k in ((1, 1, 32), (2, 7, 96), (3, 33, 288), (8, 130, 1056), (5, 17, 4128), (4, 40, 2048)):
+        x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
+        packed = packing.pack(weight, scale)
+        rows = 4 if m <= 4 else 8
+        for plan, offset in ((plans.Direct(rows, 1, 4, 2), bias), (plans.Direct(rows, 2, 8, 1), None)):
+            actual = directly(simulated, x, packed, n, offset, plan)
+            assert_same(actual, reference.linear(x, weight, scale, offset))
+
+
+@DTYPE
+@pytest.mark.parametrize("special", [False, True], ids=["fast", "exact"])
+def test_direct_decodes_every_element(simulated: SimpleNamespace, dtype: torch.dtype, special: bool) -> None:
+    """Under scales where something changes, and some in between. Of four warps two have nothing to do."""
+    smallest = 0 if dtype == torch.bfloat16 else 95
+    scales = (0, 1, 2, 135, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
+    weight, scale = one_code_a_row(scales, 160, nan=special)
+    packed = packing.pack(weight, scale)
+    assert bool(packed[-1, DTYPES.index(dtype)]) == special
+    actual = directly(simulated, torch.ones(1, 160, dtype=dtype), packed, len(weight), None, plans.Direct(4, 1, 4, 2))
+    assert_same(actual[0], what_codes_mean(weight, scale, dtype))
