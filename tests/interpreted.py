@@ -13,7 +13,7 @@ import torch
 from helpers import all_codes, assert_same, exact_linear_inputs, expected_from_float64
 from torch import Tensor
 
-from mxfp8_ops import reference
+from mxfp8_ops import packing, reference
 from mxfp8_ops.gpu import elementwise, gemv, portable
 
 SHAPES = ((1, 32), (7, 96), (33, 288), (5, 1056), (4, 2048))
@@ -29,6 +29,16 @@ def dequant() -> None:
     ):
         w, s = weight[exact], scale[exact]
         assert_same(elementwise.dequant(w, s, dtype, native=False), expected_from_float64(w, s, dtype))
+
+
+def dequant_packed() -> None:
+    """Every code under every scale, and a shape that ends within a block."""
+    every = all_codes()
+    ends = torch.randint(0, 127, (33, 288), dtype=torch.uint8), torch.randint(124, 134, (33, 9), dtype=torch.uint8)
+    for (weight, scale), dtype in ((every, torch.float32), (ends, torch.bfloat16), (ends, torch.float16)):
+        weight = weight.view(torch.float8_e4m3fn)
+        actual = elementwise.dequant_packed(packing.pack(weight, scale), *weight.shape, dtype)
+        assert_same(actual, expected_from_float64(weight, scale, dtype))
 
 
 def quantize() -> None:
@@ -86,5 +96,5 @@ def packaged() -> None:
 
 
 if __name__ == "__main__":
-    for program in (dequant, quantize, linear, special, packaged):
+    for program in (dequant, dequant_packed, quantize, linear, special, packaged):
         program()

@@ -18,6 +18,13 @@ from .launch import launch
 _BLOCKS = 64  # blocks of 32 a program
 _WARPS = 4
 
+# Bits of a packed word, as the int32 that Triton takes: those of row r in both halves, and after shifts by 4 upwards and
+# downwards those of row r + 8.
+_ROW = tl.constexpr(0x87F087F0 - 2**32)
+_OTHER_UPPER = tl.constexpr(0x80F080F0 - 2**32)
+_OTHER_LOWER = tl.constexpr(0x07000700)
+_UPPER_HALF = tl.constexpr(0xFFFF0000 - 2**32)
+
 
 def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype, native: bool) -> Tensor:
     """See ``mxfp8_ops.reference.dequant``: ``[..., K]`` elements and ``[..., K/32]`` scales, checked already."""
@@ -61,33 +68,40 @@ def _dequant_kernel(codes, scales, out, blocks, NATIVE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _dequant_packed_kernel(packed, out, N, K):
-    """16 rows of a block of 128 by 128: see ``mxfp8_ops.packing`` for where their words lie."""
+    """16 rows of a block of 128 by 128: see ``mxfp8_ops.packing`` for where their words lie. They are read in that
+    order, which is 512 bytes at a time, and leave as rows of the weight: what is in between moves from lane to lane.
+    """
     block = packed + (tl.program_id(0) // 8 * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (132 * 32)
     tile = tl.program_id(0) % 8  # r6, r5, r4
-    row = tl.arange(0, 8)[:, None]
-    pair = tl.arange(0, 64)[None, :]  # of elements: k6, k5, k4, k3, k2 k1
-    place = tile // 4 * 1024 + tile % 4 * 128 + row * 16
-    place += pair // 32 * 2048 + pair // 16 % 2 * 512 + pair // 8 % 2 * 2 + pair // 4 % 2 + pair % 4 * 4
-    word = tl.load(block + place)
-    scales = block + 4096 + tile * 16 + row * 2
-    group = pair // 16 * 8
-    for other in tl.static_range(2):  # rows r and r + 8
-        scale = scale_to_float32((tl.load(scales + other) >> group) & 0xFF)
-        first = element_to_float32(_code_of_row(word, other)) * scale
-        second = element_to_float32(_code_of_row(word >> 16, other)) * scale
-        n = tl.program_id(0) * 16 + other * 8 + row
-        k = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
-        value = tl.reshape(tl.join(first, second), (8, 128))
-        tl.store(out + n.to(tl.int64) * K + k, value.to(out.dtype.element_ty), mask=(n < N) & (k < K))
+    row = tl.arange(0, 32)[:, None]  # k6, k5, r2 r1 r0
+    pair = tl.arange(0, 16)[None, :]  # k2 k1, k4, k3
+    place = tile // 4 * 1024 + tile % 4 * 128 + row // 16 * 2048 + row // 8 % 2 * 512 + row % 8 * 16
+    word = tl.load(block + place + pair)
+    scales = block + 4096 + tile * 16 + row % 8 * 2
+    group = row // 8 * 8
+    one = _pairs(word & _ROW, (tl.load(scales) >> group) & 0xFF)
+    other = _pairs(((word << 4) & _OTHER_UPPER) | ((word >> 4) & _OTHER_LOWER), (tl.load(scales + 1) >> group) & 0xFF)
+    bits = tl.join(one.to(out.dtype.element_ty), other.to(out.dtype.element_ty))
+    bits = tl.reshape(bits, (2, 2, 8, 4, 2, 2, 2, 2))  # k6, k5, r2 r1 r0, k2 k1, k4, k3, k0, r3
+    value = tl.reshape(tl.permute(bits, (7, 2, 0, 1, 4, 5, 3, 6)), (16, 128))
+    n = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
+    k = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
+    tl.store(out + n.to(tl.int64) * K + k, value, mask=(n < N) & (k < K))
 
 
 @triton.jit
-def _code_of_row(half, other: tl.constexpr):
-    """Row r's code, or row r + 8's, of the two that are interleaved in 16 bits."""
-    if other:
-        return ((half >> 4) & 0x80) | ((half >> 8) & 0x70) | (half & 0x0F)
-    else:
-        return ((half >> 8) & 0x80) | ((half >> 4) & 0x7F)
+def _pairs(word, scale):
+    """The two elements of one row in each word, times their scale, in float32. In each half of a word are the upper 16
+    bits of 2**-120 times an element.
+    """
+    power = scale_to_float32(scale)
+    return tl.join(_element(word << 16) * power, _element(word & _UPPER_HALF) * power)
+
+
+@triton.jit
+def _element(bits):
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+    return tl.where((bits & 0x7FFF0000) == 0x07F00000, float("nan"), value)
 
 
 @triton.jit
