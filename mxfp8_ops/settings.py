@@ -14,7 +14,17 @@ import os
 import torch
 
 from . import environment
-from .environment import AUTOTUNE, CACHE_DIR, CPU_LEVEL, DEQUANT_AT_LOAD, KERNELS, MERGE_LINEARS, PACK_AT_LOAD, PASSES
+from .environment import (
+    AUTOTUNE,
+    CACHE_DIR,
+    CPU_LEVEL,
+    DEPENDENT_LAUNCH,
+    DEQUANT_AT_LOAD,
+    KERNELS,
+    MERGE_LINEARS,
+    PACK_AT_LOAD,
+    PASSES,
+)
 
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -96,6 +106,16 @@ def autotune() -> bool:
     return _switch(AUTOTUNE) is True
 
 
+def dependent_launch() -> bool:
+    """Whether kernels for Hopper may start before the one before them has ended (CUDA's programmatic dependent launch):
+    only while ``MXFP8_DEPENDENT_LAUNCH`` is on.
+
+    Raises:
+        ValueError: it is set to a word that is neither on nor off.
+    """
+    return _switch(DEPENDENT_LAUNCH) is True
+
+
 def cache_dir() -> str | None:
     """``MXFP8_CACHE_DIR``: the folder of this package's caches, None when unset or empty."""
     return os.environ.get(CACHE_DIR) or None
@@ -125,7 +145,10 @@ def _surely_unset(name: str) -> bool:
     return data is not None and _ENCODED[name] not in data
 
 
-_ENCODED = {name: getattr(os.environ, "encodekey", str)(name) for name in (*environment.VARIABLES, AUTOTUNE, CPU_LEVEL)}
+_ENCODED = {
+    name: getattr(os.environ, "encodekey", str)(name)
+    for name in (*environment.VARIABLES, AUTOTUNE, DEPENDENT_LAUNCH, CPU_LEVEL)
+}
 
 
 def guard_compiled_graph() -> None:

@@ -72,6 +72,7 @@ class Launch:
     constants: tuple[Any, ...]
     num_warps: int = 4
     maxnreg: int | None = None
+    dependent: bool = False
 
     @property
     def named(self) -> dict[str, Any]:
@@ -230,6 +231,17 @@ def check_fits(found: Compiled, at_once: int) -> None:
     assert found.shared <= SHARED
     assert at_once * (found.shared + 1024) <= SHARED + 1024  # the system takes a KiB for each
     assert at_once * found.threads * -(-found.registers // 8) * 8 <= plans.REGISTERS
+
+
+def check_waits(found: Compiled) -> None:
+    """That before a kernel reads anything, the one before it has ended, which the next one may only then begin to wait
+    for. Without dependent launches these instructions do nothing.
+    """
+    (wait,) = [match.start() for match in re.finditer(r"griddepcontrol\.wait;", found.ptx)]
+    (start,) = [match.start() for match in re.finditer(r"griddepcontrol\.launch_dependents;", found.ptx)]
+    reads = re.search(r"ld\.global|cp\.async\.bulk", found.ptx)
+    assert reads is not None
+    assert wait < start < reads.start()
 
 
 def check_loads(found: Compiled) -> None:

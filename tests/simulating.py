@@ -251,5 +251,6 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setattr(direct, name, functools.cache(getattr(direct, name)))
     for module in (fragments, canonical):
         monkeypatch.setattr(module, "reinterpret", Shared.reinterpret)
+    monkeypatch.setattr(direct, "wait_for_kernel_before", lambda: None)
     monkeypatch.setattr(direct, "mma_v2", lambda one, other, total: total + torch.bmm(one.float(), other.float()))
     return gluon

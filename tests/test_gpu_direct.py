@@ -17,7 +17,7 @@ from mxfp8_ops import packing, reference
 
 pytest.importorskip("triton.experimental.gluon")
 
-from compiling import check_loops, compiled_at_an_end, one_code_a_row, what_codes_mean
+from compiling import check_loops, check_waits, compiled_at_an_end, one_code_a_row, what_codes_mean
 from simulating import DTYPE, DTYPES, Pointer, places, simulate
 
 from mxfp8_ops.gpu import direct, plans
@@ -38,6 +38,7 @@ def test_it_compiles_and_reads_16_bytes_at_a_time(kind: plans.Direct, dtype: tor
     assert found.registers <= kind.registers
     assert re.search(r"ld\.global\S*evict_first\S*\.v4", found.ptx)
     assert len(re.findall(r"bar\.sync|barrier\.sync", found.ptx)) == 1, "only between storing sums and adding them up"
+    check_waits(found)
     check_loops(tmp_path, 2, 8)
 
 

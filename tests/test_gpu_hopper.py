@@ -29,8 +29,10 @@ from compiling import (  # noqa: E402
     check_fits,
     check_loads,
     check_loops,
+    check_waits,
     compiled,
     compiled_at_an_end,
+    launches,
     one_tile,
     tiled_kernels,
 )
@@ -49,6 +51,7 @@ def test_narrow_compiles_and_as_many_run_at_once_as_its_table_says(
     check_fits(found, at_once)
     assert "ld.shared.v4" in found.ptx
     assert "ldmatrix" in found.ptx
+    check_waits(found)
     check_loads(found)
 
 
@@ -82,6 +85,7 @@ def check_tiled(kernel: plans.Tiled, found: Compiled, folder: Path) -> None:
     """That as many programs run at once as the model counts on, and matrix instructions do not wait for each other."""
     check_fits(found, plans.TABLE[plans._kind(kernel)].at_once)
     assert "serialized" not in found.log, found.log
+    check_waits(found)
     check_loads(found)
 
 
@@ -227,3 +231,35 @@ def test_canonical_weights_of_whole_blocks_reach_the_kernels_from_nine_rows_on(
             assert_same(one, other)
     if name is None:
         assert_same(actual, reference.linear(x, weight, scale, bias))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "fused"), [(6143, 32, True), (6144, 32, False), (6144, 6144, False), (6144, 6176, True)]
+)
+def test_packed_weights_are_dequantized_first_for_many_rows_and_short_k(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, k: int, fused: bool
+) -> None:
+    called = []
+
+    def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
+        called.append(len(x))
+        return reference.linear(x, *packing.unpack(packed, n, k), bias)
+
+    without_kernels(monkeypatch, SimpleNamespace(linear_packed=linear))
+    x, weight, scale, bias = exact_linear_inputs(m, 3, k, torch.bfloat16)
+    assert_same(
+        dispatch.linear_packed(x, packing.pack(weight, scale), 3, bias), reference.linear(x, weight, scale, bias)
+    )
+    assert called == [m] * fused
+
+
+@pytest.mark.parametrize("word", [None, "0", "1"])
+def test_launches_are_dependent_only_where_the_variable_says_so(
+    monkeypatch: pytest.MonkeyPatch, word: str | None
+) -> None:
+    if word is not None:
+        monkeypatch.setenv("MXFP8_DEPENDENT_LAUNCH", word)
+    for m in (1, 8, 16, 64, 300):
+        first, *more = launches(plans.plan(m, 1024, 4096, 132), m, 1024, 4096)
+        assert first.dependent == (word == "1")
+        assert not any(launch.dependent for launch in more)  # they add up parts, and do not wait by themselves

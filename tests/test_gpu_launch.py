@@ -266,12 +266,24 @@ def test_options_and_constants_tell_kernels_apart(device: Device) -> None:
         ((64, "name"), {"num_warps": 8}),
         ((64, "name"), {"maxnreg": 64}),
         ((64, "name"), {"num_stages": 5}),
+        ((64, "name"), {"dependent": True}),
     ):
         for _ in range(2):
             launch(add, (1,), args, constants, **options)
             functions.add(device.last()[4])
-    assert len(functions) == 6
-    assert known() == 6
+    assert len(functions) == 7
+    assert known() == 7
+
+
+def test_only_a_dependent_launch_tells_the_driver_that_it_is_one(device: Device) -> None:
+    args = CASES[0]
+    for dependent in (False, True):
+        launched = []
+        for _ in range(2):  # by Triton, and directly
+            launch(add, (1,), args, (64, "name"), dependent=dependent)
+            launched.append(device.last())
+        assert launched[0] == launched[1]
+        assert launched[0][6] is dependent
 
 
 def test_code_that_is_launched_directly_stays_loaded(device: Device) -> None:

@@ -471,6 +471,40 @@ def test_two_streams_at_once_do_not_disturb_each_other(m: int, dtype: torch.dtyp
             assert_same(each, right)
 
 
+@HOPPER
+@SHORT
+@pytest.mark.parametrize("m", EACH_KERNEL)
+def test_kernels_that_may_start_early_read_what_was_written_before(
+    m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of linears, each on the result of the one before, and weights that change right before they are read."""
+    weights = [mxfp8_ops.quantize(torch.randn(1024, 1024, dtype=dtype, device="cuda") / 32) for _ in range(4)]
+    packed = [mxfp8_ops.pack(*each) for each in weights]
+    xs = [torch.randn(m, 1024, dtype=dtype, device="cuda") for _ in range(3)]
+    changing = torch.empty_like(packed[0])
+
+    def row(x: Tensor) -> Tensor:
+        for each in packed * 2:
+            x = mxfp8_ops.linear_packed(x, each, 1024)
+            changing.copy_(each)
+            x = mxfp8_ops.linear_packed(x, changing, 1024)
+        return x
+
+    expected = [row(x) for x in xs]
+    monkeypatch.setenv("MXFP8_DEPENDENT_LAUNCH", "1")
+    place = xs[0].clone()
+    row(place)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = row(place)
+    for _ in range(20):
+        for x, right in zip(xs, expected, strict=True):
+            assert_same(row(x), right)
+            place.copy_(x)
+            graph.replay()
+            assert_same(out, right)
+
+
 # --- modules --------------------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,10 @@ def tuned(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     monkeypatch.setenv("MXFP8_AUTOTUNE", "1")
 
 
+def dependent(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    monkeypatch.setenv("MXFP8_DEPENDENT_LAUNCH", "1")
+
+
 def seen(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     hooked(monkeypatch)
 
@@ -214,7 +218,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
         dispatch._do_without_gluon(RuntimeError("no"))
 
 
-@pytest.mark.parametrize("change", [off, tuned, seen, elsewhere, forgotten])
+@pytest.mark.parametrize("change", [off, tuned, dependent, seen, elsewhere, forgotten])
 def test_whatever_the_answer_depends_on_is_looked_at_in_every_call(
     device: Device, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch, Device], None]
 ) -> None:

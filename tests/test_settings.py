@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def test_any_other_word_is_an_error_that_names_the_variable(
     expected = f"{name} must be 1/true/yes/on or 0/false/no/off, got {word!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         settings.dequant_at_load()
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("MXFP8_AUTOTUNE", settings.autotune), ("MXFP8_DEPENDENT_LAUNCH", settings.dependent_launch)],
+)
+def test_what_is_off_by_default_understands_the_same_words(
+    name: str, setting: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert setting() is False
+    for word in (*ON, *OFF):
+        monkeypatch.setenv(name, word)
+        assert setting() is (word in ON)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=f"^{name} must be 1/true/yes/on or 0/false/no/off, got '2'$"):
+        setting()
 
 
 @pytest.mark.parametrize(("first", "second"), [("on", "off"), ("off", "on"), ("on", "nonsense")])

@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import float16_in_both_halves, halves, place_of_mark, scale_to_float32, scaled, separate
+from .tiles import wait_for_kernel_before
 
 _BLOCK = gl.constexpr(132 * 32)  # words of 128 rows and 128 elements of K: see mxfp8_ops.packing
 _EXTRACT = gl.constexpr("prmt.b32 $0, $1, 0, $2;")  # bytes of $1 by number; number 4 is zero
@@ -46,6 +47,7 @@ def kernel(
 ):
     DTYPE: gl.constexpr = out.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    wait_for_kernel_before()
     mark = place_of_mark(packed, N, K, DTYPE)
     total, marked = _products(x, packed, mark, M, K, (ROWS, TILES, WARPS, BLOCKS), MMA, DTYPE, RAGGED_K, False)
     if marked != 0:

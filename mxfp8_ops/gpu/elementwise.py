@@ -18,8 +18,8 @@ from .launch import launch
 _BLOCKS = 64  # blocks of 32 a program
 _WARPS = 4
 
-# Bits of a packed word, as the int32 that Triton takes: those of row r in both halves, and after shifts by 4 upwards and
-# downwards those of row r + 8.
+# Bits of a packed word, as the int32 that Triton takes: those of row r in both halves, and those of row r + 8 after
+# shifts by 4 upwards and downwards.
 _ROW = tl.constexpr(0x87F087F0 - 2**32)
 _OTHER_UPPER = tl.constexpr(0x80F080F0 - 2**32)
 _OTHER_LOWER = tl.constexpr(0x07000700)

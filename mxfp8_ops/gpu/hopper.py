@@ -93,6 +93,7 @@ def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out:
         (chosen.rows, chosen.tiles, chosen.warps, chosen.blocks, k % (128 * together) != 0, bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
+        dependent=settings.dependent_launch(),
     )
 
 
@@ -117,6 +118,7 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
         ),
         (rows, warps, stages, bias is not None),
         num_warps=warps,
+        dependent=settings.dependent_launch(),
     )
 
 
@@ -149,6 +151,7 @@ def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | 
         (isinstance(source, Tensor), *chosen.constants, box_rows, bias is not None),
         num_warps=warps,
         maxnreg=chosen.registers or None,
+        dependent=settings.dependent_launch(),
     )
     if programs:
         launch(

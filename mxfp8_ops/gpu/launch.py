@@ -90,6 +90,7 @@ def launch(
     num_warps: int = 4,
     num_stages: int | None = None,
     maxnreg: int | None = None,
+    dependent: bool = False,
 ) -> None:
     """``kernel[grid](*args, *constants, ...)`` on the current device and stream.
 
@@ -97,27 +98,29 @@ def launch(
         kernel: a function of Triton or Gluon whose constexprs come last and whose globals do not change.
         args: its other arguments: tensors, numbers, None, or ``Described`` for TMA descriptors.
         constants: its constexprs, hashable.
+        dependent: it may start before the kernel before it has ended, for which it waits itself.
     """
+    options = (num_warps, num_stages, maxnreg, dependent)
     if isinstance(kernel, JITFunction):
         kinds, values = specialization(args)
         if kinds is not None and not watched(kernel):
             active = driver.active
             device = active.get_current_device()
-            key = (id(kernel), device, constants, num_warps, num_stages, maxnreg, *kinds)
+            key = (id(kernel), device, constants, *options, *kinds)
             known = _known.get(key)
             if known is not None:
                 known[0](grid, active.get_current_stream(device), values)
                 _record(kernel, known[0], grid, args)
                 return
             with _compiling:
-                compiled = _ordinary(kernel, grid, args, constants, num_warps, num_stages, maxnreg)
+                compiled = _ordinary(kernel, grid, args, constants, *options)
                 direct = _direct(kernel, compiled, args, constants)
             if direct is not None:
                 _known[key] = direct, kernel  # which keeps the kernel's id in the key its own
             _record(kernel, direct, grid, args)
             return
     _record(kernel, None, grid, args)
-    _ordinary(kernel, grid, args, constants, num_warps, num_stages, maxnreg)
+    _ordinary(kernel, grid, args, constants, *options)
 
 
 def specialization(args: tuple[Any, ...]) -> tuple[list[Any] | None, list[Any]]:
@@ -180,9 +183,10 @@ def _ordinary(
     num_warps: int,
     num_stages: int | None,
     maxnreg: int | None,
+    dependent: bool,
 ) -> Any:
     """Launches as everybody does; returns the compiled kernel."""
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "launch_pdl": dependent or None}
     options = {name: value for name, value in options.items() if value is not None}
     args = tuple(_descriptor(*arg) if type(arg) is tuple else arg for arg in args)
     return kernel[grid](*args, *constants, **options)

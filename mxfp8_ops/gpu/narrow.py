@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .direct import places_along
 from .fragments import group_scale, halves, needs_exact, scaled, separate
+from .tiles import wait_for_kernel_before
 from .versions import barrier, load_box, reinterpret
 
 
@@ -45,6 +46,7 @@ def kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
+    wait_for_kernel_before()
     source = (x, elements, scales)
     stages = (x_stages, element_stages, scale_stages, full)
     blocks = K // 128

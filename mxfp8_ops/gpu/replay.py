@@ -91,7 +91,7 @@ def _remember(problem: Hashable, times: int) -> None:
 
 def _problem(name: str, tensors: Tensors, extra: Hashable) -> Hashable:
     """Everything that decides how a call is computed, but for where its tensors lie."""
-    problem = [name, extra, settings.autotune()]
+    problem = [name, extra, settings.autotune(), settings.dependent_launch()]
     for tensor in tensors:
         if tensor is None:
             problem.append(None)

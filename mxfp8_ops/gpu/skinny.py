@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .tiles import advance, load_rows, part_of_tile, place_of_tile, store_part, store_tile
+from .tiles import advance, load_rows, part_of_tile, place_of_tile, store_part, store_tile, wait_for_kernel_before
 from .versions import barrier, load_box
 
 LOADER_REGISTERS = gl.constexpr(24)
@@ -75,6 +75,7 @@ def kernel(
         sums = x_stages
         summed = empty
     fence_async_shared()
+    wait_for_kernel_before()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
     source = (packed, scales, first, N, K)

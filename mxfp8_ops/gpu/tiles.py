@@ -15,11 +15,24 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .versions import load_box
 
 GROUP = gl.constexpr(4)
 """Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
+
+
+@gluon.jit
+def wait_for_kernel_before():
+    """Where kernels are launched as dependent ones (CUDA's programmatic dependent launch), this one may have started
+    while the one before it was running, whose results are there from here on; and the next may start now. It waits here
+    as well, so that what ran before this kernel has ended, too: whoever wrote a weight, it is read as written.
+
+    Nothing happens where they are not.
+    """
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @gluon.jit

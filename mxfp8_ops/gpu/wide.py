@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .tiles import advance, load_rows, part_of_tile, place_of_tile, store_part, store_tile
+from .tiles import advance, load_rows, part_of_tile, place_of_tile, store_part, store_tile, wait_for_kernel_before
 from .versions import barrier, load_box
 
 
@@ -59,6 +59,7 @@ def kernel(
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     barrier()
+    wait_for_kernel_before()
 
     sources = (x, elements, scales, M, row, column, blocks, first, steps)
     stages = (x_stages, element_stages, scale_stages, full)

@@ -7,17 +7,26 @@ import platform
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import mxfp8_ops
 from mxfp8_ops import ops
 from mxfp8_ops.cpu import build, library
+from mxfp8_ops.environment import DEPENDENT_LAUNCH
 
 from . import cpu_reading, others, processor
 from .options import Options, Record
 from .timing import Calls, CpuTimer, CudaTimer, Timer
+
+if TYPE_CHECKING:
+    from .sections import Weight
+
+DEPENDENT_ROWS = 64
+"""Up to so many rows of x dependent launches are measured: with more, kernels take long."""
 
 
 class Device(ABC):
@@ -59,8 +68,8 @@ class Device(ABC):
         """What every record says beside its results."""
         return {}
 
-    def further(self, weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> dict[str, Calls]:
-        """Columns of a linear that only this device has, on canonical weights."""
+    def further(self, weights: Sequence[Weight], x: Tensor) -> dict[str, Calls]:
+        """Columns of a linear that only this device has."""
         return {}
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -94,6 +103,14 @@ class Cuda(Device):
         except ImportError:
             return "the package triton is not installed"
         return None
+
+    def further(self, weights: Sequence[Weight], x: Tensor) -> dict[str, Calls]:
+        """What it is worth that a kernel may start before the one before it has ended: in a graph, which is nothing but
+        one after the other.
+        """
+        if len(x) > DEPENDENT_ROWS:
+            return {}
+        return {"packed, dependent": [lambda w=w: _dependent(w, x) for w in weights]}
 
     def environment(self) -> Record:
         import triton
@@ -179,11 +196,16 @@ class Cpu(Device):
     def marks(self, options: Options) -> Record:
         return {"place": self.place, "level": self.level, "dtype": options.dtype}
 
-    def further(self, weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> dict[str, Calls]:
-        return others.columns(weights, x)
+    def further(self, weights: Sequence[Weight], x: Tensor) -> dict[str, Calls]:
+        return others.columns([weight.canonical for weight in weights], x)
 
     def release(self) -> None:
         pass
+
+
+def _dependent(weight: Weight, x: Tensor) -> Tensor:
+    with patch.dict(os.environ, {DEPENDENT_LAUNCH: "1"}):
+        return mxfp8_ops.linear_packed(x, weight.packed, len(weight.dense))
 
 
 DEVICES: dict[str, type[Device]] = {"cuda": Cuda, "cpu": Cpu}

@@ -10,6 +10,7 @@ from .options import HOST_SHAPE, Record, shapes_of
 MOST_ROWS_IN_R = 16
 """Up to so many rows of x, reading the weight is what takes time, and R says how good a kernel is."""
 OURS = ("packed", "canonical")
+VARIANTS = ("packed, dependent",)
 BASELINES = ("folded", "emulated", "emulated, compiled")
 
 
@@ -147,20 +148,31 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield "Folded: `F.linear` on the dequantized weight. Emulated: the weight dequantized in every call by torch's"
     yield "operators, as vLLM's emulation does, eagerly and under `torch.compile`. Error: relative, in the Frobenius"
-    yield "norm, against the product in float64 with the same weight."
+    yield "norm, against the product in float64 with the same weight. Dependent: with `MXFP8_DEPENDENT_LAUNCH=1`, which"
+    yield "lets a kernel start while the one before it ends."
 
 
 def _linear_table(records: Sequence[Record]) -> Iterator[str]:
-    baselines = [name for name in BASELINES if any(name in record["times"] for record in records)]
+    variants, baselines = (
+        [name for name in names if any(name in record["times"] for record in records)]
+        for names in (VARIANTS, BASELINES)
+    )
     timed = ("R", "B", *OURS)
     errors = ("packed", "canonical", "B")
     yield from cell.head(
-        "M", *OURS, *baselines, *(f"{name}, us" for name in timed), "spread", *(f"error of {name}" for name in errors)
+        "M",
+        *OURS,
+        *variants,
+        *baselines,
+        *(f"{name}, us" for name in timed),
+        "spread",
+        *(f"error of {name}" for name in errors),
     )
     for record in records:
         yield cell.row(
             str(record["m"]),
             *(_ratios(record, name) for name in OURS),
+            *(_ratios(record, name) if name in record["times"] else "" for name in variants),
             *(cell.ratio(record, name, "B") if name in record["times"] else "" for name in baselines),
             *(cell.us(record, name) for name in timed),
             cell.spread(record),

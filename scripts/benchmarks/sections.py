@@ -79,7 +79,7 @@ def linear(device: Device, options: Options) -> Iterator[Record]:
         emulate = device.compile(emulated_linear) if options.emulated else None
         for m in options.rows:
             x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
-            columns = {"R": reads, **_multiplications(weights, x), **device.further([w.canonical for w in weights], x)}
+            columns = {"R": reads, **_multiplications(weights, x), **device.further(weights, x)}
             if emulate is not None and m in options.emulated:
                 columns["emulated"] = [lambda w=w, x=x: emulated_linear(x, *w.canonical) for w in weights]
                 columns["emulated, compiled"] = [lambda w=w, x=x, f=emulate: f(x, *w.canonical) for w in weights]
