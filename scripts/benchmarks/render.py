@@ -206,12 +206,12 @@ def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
         found = sorted(_cliffs(record, bars.CLIFF))
         if found:
             yield ""
-            yield from cell.head("M", "ratio", "us", "us before", "us after")
+            yield from cell.head("M", "ratio", "us", "us before", "us after", "ratio, times as multiples of B")
             for m, each in found:
                 i = rows.index(m)
                 around = [rows[j] if 0 <= j < len(rows) else None for j in (i, i - 1, i + 1)]
                 times = ["" if at is None else f"{record['times'][str(at)]['us']:.2f}" for at in around]
-                yield cell.row(str(m), f"{each:.2f}", *times)
+                yield cell.row(str(m), f"{each:.2f}", *times, f"{record['ratios of B'][str(m)]:.2f}")
 
 
 def _bandwidth_page(records: Sequence[Record]) -> Iterator[str]:

@@ -125,16 +125,25 @@ def host(device: Device, options: Options) -> Iterator[Record]:
 
 
 def cliff(device: Device, options: Options) -> Iterator[Record]:
-    """Numbers of rows that take much longer than a neighbour, on the first shape."""
+    """Numbers of rows that take much longer than a neighbour, on the first shape, and whether ``F.linear`` does."""
     shape = options.shapes[0]
     weights = _weights(device, shape, options)
-    columns = {}
+    columns, dense = {}, {}
     for m in options.cliff_rows:
         x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
         columns[str(m)] = [lambda w=w, x=x: mxfp8_ops.linear_packed(x, w.packed, shape[0]) for w in weights]
-    times = _times(device, columns, options)
+        dense[str(m)] = [lambda w=w, x=x: F.linear(x, w.dense) for w in weights]
+    times, others = _times(device, columns, options), _times(device, dense, options)
     ratios = cliffs({int(m): time["us"] for m, time in times.items()})
-    yield {"n": shape[0], "k": shape[1], "times": times, "ratios": {str(m): round(r, 4) for m, r in ratios.items()}}
+    of_b = cliffs({int(m): time["us"] / others[m]["us"] for m, time in times.items()})
+    yield {
+        "n": shape[0],
+        "k": shape[1],
+        "times": times,
+        "B": others,
+        "ratios": {str(m): round(r, 4) for m, r in ratios.items()},
+        "ratios of B": {str(m): round(r, 4) for m, r in of_b.items()},
+    }
     device.release()
 
 
