@@ -20,7 +20,7 @@ from typing import Any
 from .. import environment, settings
 from . import build
 
-ABI = 1
+ABI = 2
 """What ``mxfp8_abi()`` in the source returns: to be raised there and here when a function changes."""
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -29,6 +29,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # weight, scale, out, blocks, dtype, threads
     "mxfp8_dequant": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT, _INT)),
     # x, weight, scale, blocks, dtype, rule, threads
+    "mxfp8_map_large_pages": (None, (_POINTER, _INT64)),
     "mxfp8_quantize": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT, _INT, _INT)),
     # x, its row stride, weight, scale, bias, out, m, n, k, dtype, threads
     "mxfp8_linear": (_INT, (_POINTER, _INT64, *(_POINTER,) * 4, _INT64, _INT64, _INT64, _INT, _INT)),
