@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kBlock = 32;       // elements that share one scale byte
 constexpr int kScaleNan = 255;   // E8M0: NaN for the whole block
+constexpr int kElementMost = 0x7e;  // 448
 constexpr int kElementNan = 0x7f;
 
 // The dtypes of activations and results. Packed: tensors may start at any byte.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "problem.h"
+#include "shorts.h"
 #include "vector.h"
 
 namespace {
@@ -20,8 +21,22 @@ inline int scale_of(uint32_t largest, int rule) {
 
 constexpr int kHighestEncoded = 245;  // beyond, encode's factor would not be a normal number
 
+#if MXFP8_LEVEL >= 1
+// Most blocks. False where another way must be taken.
+inline bool quantize_quickly(const bf16* x, uint8_t* codes, uint8_t* scale, int rule) {
+  int byte = scale_of(largest_bits(x), rule);
+  *scale = static_cast<uint8_t>(byte);
+  return byte >= kLeastShort && byte <= kMostShort && encode_normal(x, byte, codes);
+}
+#endif
+template <class T>
+inline bool quantize_quickly(const T*, uint8_t*, uint8_t*, int) {
+  return false;
+}
+
 template <class T>
 inline void quantize_block(const T* x, uint8_t* codes, uint8_t* scale, int rule) {
+  if (quantize_quickly(x, codes, scale, rule)) return;
   vec values[kVectors];
   for (int i = 0; i < kVectors; i++) values[i] = load(x + i * kWidth);
   int byte = scale_of(largest_bits(values), rule);
