@@ -123,7 +123,7 @@ def test_a_word_that_is_no_level_is_an_error_at_every_call(word: str, monkeypatc
             cpu.kernels()
 
 
-def test_a_level_that_the_cpu_lacks_is_an_error_that_names_those_it_has(machine, monkeypatch) -> None:
+def test_a_level_that_the_cpu_lacks_is_an_error_that_names_those_it_has(machine, forgotten, monkeypatch) -> None:
     machine.cpuinfo = cpuinfo(f"{AVX2} avx512f")
     monkeypatch.setenv(VARIABLE, "avx512")
     expected = (
