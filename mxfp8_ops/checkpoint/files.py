@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .documents import SAFETENSORS_INDEX, read_json
 from .errors import CheckpointError, listed
 
 EVERYTHING = slice(None)
-INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -120,13 +120,13 @@ def open_files(path: Path) -> TensorFiles:
         CheckpointError: there is none, one is damaged, the index and the files do not agree, or a tensor is in two.
     """
     if path.is_file():
-        if path.name.endswith(INDEX_SUFFIX):
+        if path.name.endswith(SAFETENSORS_INDEX):
             return _from_index(path.parent, path)
         _refuse_pickles([path])
         return merged(path, [path])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    indices = sorted(path.glob("*" + INDEX_SUFFIX))
+    indices = sorted(path.glob("*" + SAFETENSORS_INDEX))
     if len(indices) > 1:
         raise CheckpointError(f"{path} has more than one index: {listed(each.name for each in indices)}")
     if indices:
@@ -137,19 +137,6 @@ def open_files(path: Path) -> TensorFiles:
         raise CheckpointError(f"{path}: no .safetensors file, found {listed(each.name for each in path.iterdir())}")
     _check_series(path, paths)
     return merged(path, paths)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where it is none."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file, or no regular one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, got {type(value).__name__}")
-    return value
 
 
 def _refuse_pickles(paths: list[Path]) -> None:
