@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 from .errors import CheckpointError
-from .files import EVERYTHING, TensorFiles, TensorInfo
+from .files import EVERYTHING, TensorFiles
+from .headers import TensorInfo
 from .layouts import Layout, RowMajor
 
 ELEMENT, SCALE = "F8_E4M3", "F8_E8M0"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..documents import SAFETENSORS_INDEX, Json
-from ..files import TensorInfo
+from ..headers import TensorInfo
 
 
 class Part(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..documents import CONFIG, Json
 from ..errors import CheckpointError
-from ..files import TensorInfo
+from ..headers import TensorInfo
 from .shards import AnyPart, Part, Shard
 
 _FOLDERS = ("checkpoint", "reports", "replaced")

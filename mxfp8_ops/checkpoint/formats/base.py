@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..documents import MODELOPT_CONFIG, MODELSLIM_DESCRIPTION, Json
 from ..errors import CheckpointError, listed
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layer import SCALE, SHORT_FLOATS, LayerSource
 from ..layouts import Layout, RowMajor
 

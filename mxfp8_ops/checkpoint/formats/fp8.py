@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from ...format import BLOCK_SIZE
 from ..documents import Json
 from ..errors import CheckpointError
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layer import ELEMENT
 from ..layouts import Layout, SharedByRows
 from ..names import modules

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from ..documents import MODELSLIM_DESCRIPTION, Json
 from ..errors import CheckpointError, listed
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layer import LayerSource
 from .base import Description, Format, Names
 

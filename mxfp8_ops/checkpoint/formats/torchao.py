@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from ...format import BLOCK_SIZE
 from ..documents import Json
 from ..errors import CheckpointError, listed
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layouts import Layout, RowMajor, Swizzled
 from .base import Description, Format, Names
 
