@@ -1,21 +1,23 @@
-"""Safetensors files as one store of named tensors: headers read and checked at once, values only when asked for."""
+"""Safetensors files as one store of named tensors: headers read and checked at once, values only when asked for.
+
+A file is open only while a tensor is read. Its header is kept, and parsed again only when the file has changed.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .documents import SAFETENSORS_INDEX, read_json
 from .errors import CheckpointError, listed
-from .headers import TensorInfo, read_header
+from .headers import Header, TensorInfo, read_header, regular
+from .values import read_values
 
-EVERYTHING = slice(None)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
 
@@ -29,6 +31,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         paths: the files, in order.
         metadata: the ``__metadata__`` of all headers, one dict.
         disagreeing: keys to which the metadata of two files gives different values.
+        headers: of each file, as it was read last.
     """
 
     root: Path
@@ -36,6 +39,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
     infos: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     disagreeing: set[str] = field(default_factory=set)
+    headers: dict[Path, Header] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.infos[name]
@@ -54,18 +58,23 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """
         info = self.infos[name]
         try:
-            with safe_open(info.file, framework="pt") as file:
-                now = file.get_slice(name)
-                if (now.get_dtype(), tuple(now.get_shape())) != (info.dtype, info.shape):
-                    raise CheckpointError(
-                        f"{info} has become {now.get_dtype()} {now.get_shape()}: the file has changed"
-                    )
-                if any(each != EVERYTHING for each in part):
-                    everything = [EVERYTHING] * (len(info.shape) - len(part))
-                    return now[(*everything, *part)].clone(memory_format=torch.contiguous_format)
-                return file.get_tensor(name).clone()  # not the file itself, which may be replaced under us
-        except (SafetensorError, OSError) as error:
+            with regular(info.file) as file:
+                header = self._header(info.file, file)
+                if name not in header.infos:
+                    raise CheckpointError("the file has changed, there is no such tensor in it")
+                now = header.infos[name]
+                if (now.dtype, now.shape) == (info.dtype, info.shape):
+                    return read_values(file, header.starts[name], info, *part)
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
+        raise CheckpointError(f"{info} has become {now.dtype} {list(now.shape)}: the file has changed")
+
+    def _header(self, path: Path, file: FileIO) -> Header:
+        """That of ``file``, opened at ``path``: parsed again only where it is another one than before."""
+        header = self.headers[path]
+        if not header.is_of(file):
+            header = self.headers[path] = read_header(path, file)
+        return header
 
 
 def open_files(path: Path) -> TensorFiles:
@@ -146,12 +155,20 @@ def merged(root: Path, paths: list[Path]) -> TensorFiles:
     """The tensors of all ``paths``; CheckpointError where one is damaged, or a tensor is in two."""
     files = TensorFiles(root, paths, {})
     for path in paths:
-        infos, metadata = read_header(path)
-        for info in infos:
+        header = files.headers[path] = _header(path)
+        for info in header.infos.values():
             first = files.infos.setdefault(info.name, info)
             if first is not info:
                 raise CheckpointError(f"{info.name} is in two files: {first.file.name} and {path.name}")
-        for key, value in metadata.items():
+        for key, value in header.metadata.items():
             if files.metadata.setdefault(key, value) != value:
                 files.disagreeing.add(key)
     return files
+
+
+def _header(path: Path) -> Header:
+    try:
+        with regular(path) as file:
+            return read_header(path, file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
