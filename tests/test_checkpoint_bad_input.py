@@ -24,7 +24,7 @@ from dialects import EXPERTS, WRITERS, random_content
 from safetensors.torch import load_file
 
 from mxfp8_ops.checkpoint import CheckpointError, open_checkpoint
-from mxfp8_ops.checkpoint.files import TensorInfo
+from mxfp8_ops.checkpoint.headers import TensorInfo
 
 Q, K = SMALL
 FILE = "model.safetensors"

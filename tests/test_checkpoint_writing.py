@@ -24,7 +24,8 @@ from torch import Tensor
 from mxfp8_ops.checkpoint import convert, open_checkpoint
 from mxfp8_ops.checkpoint.converting import converter, writing
 from mxfp8_ops.checkpoint.converting.shards import Shard, index, split
-from mxfp8_ops.checkpoint.files import TensorInfo, open_files
+from mxfp8_ops.checkpoint.files import open_files
+from mxfp8_ops.checkpoint.headers import TensorInfo
 
 ROOT = Path(__file__).parent.parent
 NAMES = {

@@ -1,68 +1,25 @@
 """Safetensors files as one store of named tensors: headers read and checked at once, values only when asked for.
 
-The header of a safetensors file is JSON behind its length in 8 bytes, little endian; it names dtype, shape and byte
-offsets of every tensor. Source: the format's description in the safetensors repository (README, "Format").
+A file is open only while a tensor is read. Its header is kept, and parsed again only when the file has changed.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .documents import SAFETENSORS_INDEX, read_json
 from .errors import CheckpointError, listed
+from .headers import Header, TensorInfo, read_header, regular
+from .values import read_values
 
-EVERYTHING = slice(None)
-INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor.
-
-    Attributes:
-        name: in the file.
-        dtype: as safetensors writes it, such as "F8_E4M3", "U8", "F8_E8M0", "BF16".
-        shape: of the stored tensor.
-        file: where it is.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.bits // 8
-
-    @property
-    def bits(self) -> int:
-        """Of an element."""
-        return _BITS[self.dtype]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.dtype} {list(self.shape)} in {self.file.name})"
 
 
 @dataclass
@@ -74,6 +31,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         paths: the files, in order.
         metadata: the ``__metadata__`` of all headers, one dict.
         disagreeing: keys to which the metadata of two files gives different values.
+        headers: of each file, as it was read last.
     """
 
     root: Path
@@ -81,6 +39,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
     infos: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     disagreeing: set[str] = field(default_factory=set)
+    headers: dict[Path, Header] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.infos[name]
@@ -99,18 +58,23 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """
         info = self.infos[name]
         try:
-            with safe_open(info.file, framework="pt") as file:
-                now = file.get_slice(name)
-                if (now.get_dtype(), tuple(now.get_shape())) != (info.dtype, info.shape):
-                    raise CheckpointError(
-                        f"{info} has become {now.get_dtype()} {now.get_shape()}: the file has changed"
-                    )
-                if any(each != EVERYTHING for each in part):
-                    everything = [EVERYTHING] * (len(info.shape) - len(part))
-                    return now[(*everything, *part)].clone(memory_format=torch.contiguous_format)
-                return file.get_tensor(name).clone()  # not the file itself, which may be replaced under us
-        except (SafetensorError, OSError) as error:
+            with regular(info.file) as file:
+                header = self._header(info.file, file)
+                if name not in header.infos:
+                    raise CheckpointError("the file has changed, there is no such tensor in it")
+                now = header.infos[name]
+                if (now.dtype, now.shape) == (info.dtype, info.shape):
+                    return read_values(file, header.starts[name], info, *part)
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
+        raise CheckpointError(f"{info} has become {now.dtype} {list(now.shape)}: the file has changed")
+
+    def _header(self, path: Path, file: FileIO) -> Header:
+        """That of ``file``, opened at ``path``: parsed again only where it is another one than before."""
+        header = self.headers[path]
+        if not header.is_of(file):
+            header = self.headers[path] = read_header(path, file)
+        return header
 
 
 def open_files(path: Path) -> TensorFiles:
@@ -120,13 +84,13 @@ def open_files(path: Path) -> TensorFiles:
         CheckpointError: there is none, one is damaged, the index and the files do not agree, or a tensor is in two.
     """
     if path.is_file():
-        if path.name.endswith(INDEX_SUFFIX):
+        if path.name.endswith(SAFETENSORS_INDEX):
             return _from_index(path.parent, path)
         _refuse_pickles([path])
         return merged(path, [path])
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    indices = sorted(path.glob("*" + INDEX_SUFFIX))
+    indices = sorted(path.glob("*" + SAFETENSORS_INDEX))
     if len(indices) > 1:
         raise CheckpointError(f"{path} has more than one index: {listed(each.name for each in indices)}")
     if indices:
@@ -137,19 +101,6 @@ def open_files(path: Path) -> TensorFiles:
         raise CheckpointError(f"{path}: no .safetensors file, found {listed(each.name for each in path.iterdir())}")
     _check_series(path, paths)
     return merged(path, paths)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where it is none."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file, or no regular one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, got {type(value).__name__}")
-    return value
 
 
 def _refuse_pickles(paths: list[Path]) -> None:
@@ -204,94 +155,20 @@ def merged(root: Path, paths: list[Path]) -> TensorFiles:
     """The tensors of all ``paths``; CheckpointError where one is damaged, or a tensor is in two."""
     files = TensorFiles(root, paths, {})
     for path in paths:
-        infos, metadata = read_header(path)
-        for info in infos:
+        header = files.headers[path] = _header(path)
+        for info in header.infos.values():
             first = files.infos.setdefault(info.name, info)
             if first is not info:
                 raise CheckpointError(f"{info.name} is in two files: {first.file.name} and {path.name}")
-        for key, value in metadata.items():
+        for key, value in header.metadata.items():
             if files.metadata.setdefault(key, value) != value:
                 files.disagreeing.add(key)
     return files
 
 
-def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
-    """The tensors of one file and its metadata, with every offset checked against the file's length.
-
-    Raises:
-        CheckpointError: no such file, not safetensors, truncated, or offsets that overlap, leave gaps or lie.
-    """
-    header, data_bytes = _raw_header(path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map names to strings")
-    spans = sorted((_span(path, name, entry, data_bytes), name) for name, entry in header.items())
-    end = 0
-    for (start, stop), name in spans:
-        if start != end:
-            raise CheckpointError(
-                f"{path}: {name} starts at byte {start} of the data, {end} is the end of the one before"
-            )
-        end = stop
-    if end != data_bytes:
-        raise CheckpointError(f"{path}: {data_bytes} bytes of data, but the tensors take {end}: truncated or damaged")
+def _header(path: Path) -> Header:
     try:
-        with safe_open(path, framework="pt"):  # what it does not take is not to be found out halfway through a model
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not taken by safetensors: {error}") from error
-    infos = [TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path) for name, entry in header.items()]
-    return infos, metadata
-
-
-def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON object of the header, and how many bytes follow it."""
-    try:
-        if not path.is_file():  # opening a pipe would wait for someone to write into it
-            raise CheckpointError(f"{path}: no such file, or no regular one")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(
-                    f"{path}: truncated or not safetensors: {size} bytes, a header of {length} announced"
-                )
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+        with regular(path) as file:
+            return read_header(path, file)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: its header is not JSON, or names a tensor twice: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is not a JSON object")
-    return header, size - 8 - length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{listed({name for name in names if names.count(name) > 1})} twice")
-    return entries
-
-
-def _span(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[int, int]:
-    """First and last byte of a tensor in the data, as its entry says, checked against dtype and shape."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _BITS:
-        raise CheckpointError(f"{path}: {name} has no known dtype: {entry!r:.80}")
-    shape: Any = entry.get("shape")
-    offsets: Any = entry.get("data_offsets")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path}: {name} has no proper shape and data_offsets: {entry!r:.120}")
-    start, stop = offsets
-    if (stop - start) * 8 != math.prod(shape) * _BITS[entry["dtype"]] or stop > data_bytes:
-        raise CheckpointError(
-            f"{path}: {name} ({entry['dtype']} {shape!r:.80}) cannot be the bytes {start} to {stop} of {data_bytes} "
-            "that its header says: truncated or damaged"
-        )
-    return start, stop
-
-
-def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**63 for each in value)

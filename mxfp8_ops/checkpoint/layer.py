@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 from .errors import CheckpointError
-from .files import EVERYTHING, TensorFiles, TensorInfo
+from .files import TensorFiles
+from .headers import TensorInfo
 from .layouts import Layout, RowMajor
+from .values import EVERYTHING
 
 ELEMENT, SCALE = "F8_E4M3", "F8_E8M0"
 SHORT_FLOATS = ("F8_", "F6_", "F4")

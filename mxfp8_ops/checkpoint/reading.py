@@ -6,18 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..format import COMPUTE_DTYPES
 from . import formats
+from .documents import CONFIG, MODELOPT_CONFIG, MODELSLIM_DESCRIPTION, Json, read_json
 from .errors import CheckpointError
-from .files import TensorFiles, open_files, read_json
+from .files import TensorFiles, open_files
 from .formats import Description, Format
 from .layer import LayerSource, Mxfp8Weight
-
-_CONFIG, _MODELOPT, _MODELSLIM = "config.json", "hf_quant_config.json", "quant_model_description.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Checkpoint(Mapping[str, Mxfp8Weight]):
     """
 
     path: Path
-    config: dict[str, Any]
+    config: Json
     format: Format
     files: TensorFiles
     sources: dict[str, LayerSource]
@@ -108,9 +106,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     files = open_files(path)
     folder = path if path.is_dir() else path.parent
-    config = _json(folder / _CONFIG) or {}
+    config = _json(folder / CONFIG) or {}
     try:
-        found = described(folder, _object(config, _CONFIG, "quantization_config", "compression_config"), files)
+        found = described(folder, _object(config, CONFIG, "quantization_config", "compression_config"), files)
         format = formats.find(found)
         sources = format.layers(files)
     except CheckpointError as error:
@@ -120,17 +118,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, config, format, files, sources, plain)
 
 
-def described(folder: Path, quantization: dict[str, Any] | None, files: TensorFiles) -> Description:
+def described(folder: Path, quantization: Json | None, files: TensorFiles) -> Description:
     """What ``folder`` says beside ``quantization``, the config of its config.json, with the headers of ``files``."""
-    modelopt = _object(_json(folder / _MODELOPT) or {}, _MODELOPT, "quantization")
-    return Description(quantization, modelopt, _json(folder / _MODELSLIM), files)
+    modelopt = _object(_json(folder / MODELOPT_CONFIG) or {}, MODELOPT_CONFIG, "quantization")
+    return Description(quantization, modelopt, _json(folder / MODELSLIM_DESCRIPTION), files)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path) -> Json | None:
     return read_json(path) if path.exists() or path.is_symlink() else None
 
 
-def _object(config: dict[str, Any], file: str, *keys: str) -> dict[str, Any] | None:
+def _object(config: Json, file: str, *keys: str) -> Json | None:
     key = next((key for key in keys if config.get(key) is not None), None)
     if key is not None and not isinstance(config[key], dict):
         raise CheckpointError(f"{file}: {key} must be an object, got {config[key]!r:.80}")

@@ -6,17 +6,16 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from ..documents import COMPRESSED_CONFIG, CONFIG, INDEX_SUFFIX, MODELOPT_CONFIG, MODELSLIM_DESCRIPTION, Json
 from ..files import PICKLES
-from .writing import CONFIG, copy_file
-
-Json = dict[str, Any]
+from .writing import copy_file
 
 _WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".npy", ".tflite", ".pb")
-_REWRITTEN = (CONFIG, "hf_quant_config.json", "quant_model_description.json", "quantization_config.json")
+_REWRITTEN = (CONFIG, MODELOPT_CONFIG, MODELSLIM_DESCRIPTION, COMPRESSED_CONFIG)
 _QUANTIZATION = ("quantization_config", "compression_config")
 
 
@@ -89,7 +88,7 @@ def _files(source: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in linked)
         for name in sorted([*names, *linked]):
             path = Path(folder, name)
-            if name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")):
+            if name.startswith(".") or name.endswith((*_WEIGHTS, INDEX_SUFFIX)):
                 continue
             if (Path(folder) == source and name in _REWRITTEN) or not _regular(path):
                 continue

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...format import check_compute_dtype, check_rule
+from ..documents import CONFIG, SAFETENSORS_INDEX
 from ..errors import CheckpointError, listed
-from ..files import INDEX_SUFFIX
 from ..formats import WRITABLE
 from ..formats.plain import Unquantized
 from ..reading import Checkpoint, open_checkpoint
@@ -30,7 +30,7 @@ from .shards import Shard, index, split
 from .steps import Step
 from .summary import Row, Summary
 from .verifying import check_output
-from .writing import CONFIG, Draft, check_target, drafting, write_json
+from .writing import Draft, check_target, drafting, write_json
 
 SHARD_BYTES = 5_000_000_000
 
@@ -112,7 +112,7 @@ def convert(
 
 def _places(source: Path, target: Path) -> tuple[Path, Path]:
     """Of an index its folder, and the target without links. Raises ValueError where one is, or lies in, the other."""
-    if source.name.endswith(INDEX_SUFFIX) and source.is_file():
+    if source.name.endswith(SAFETENSORS_INDEX) and source.is_file():
         source = source.parent
     target, real = target.resolve(), source.resolve()
     if target == real or (real.is_dir() and real in target.parents) or target in real.parents:

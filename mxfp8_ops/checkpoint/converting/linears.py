@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...convert import linears_to_leave
+from ..documents import CONFIG
 from ..names import wildcards
 
 NOT_LINEAR = {
@@ -84,8 +85,8 @@ def linears_of(folder: Path, config: Mapping[str, Any]) -> Linears:
     """From the architecture in config.json, if there is one, transformers is installed and knows it. Code of the
     checkpoint is never run.
     """
-    if not (folder / "config.json").is_file() or not (config.get("architectures") or config.get("model_type")):
-        return by_names("config.json names no architecture")
+    if not (folder / CONFIG).is_file() or not (config.get("architectures") or config.get("model_type")):
+        return by_names(f"{CONFIG} names no architecture")
     try:
         model = _on_meta(folder, config)
     except Exception as error:  # whatever an unknown or broken config makes of it

@@ -12,10 +12,10 @@ import torch
 
 from ...format import BLOCK_SIZE
 from ..errors import CheckpointError, listed
-from ..files import TensorInfo
 from ..formats import Description, Format
 from ..formats.comfyui import MARKER, ComfyUI
 from ..formats.plain import Unquantized
+from ..headers import TensorInfo
 from ..layer import ELEMENT, LayerSource
 from ..names import OF_ACTIVATIONS, wildcards
 from ..reading import Checkpoint

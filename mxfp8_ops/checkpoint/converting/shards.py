@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..files import INDEX_SUFFIX, TensorInfo
-
-Json = dict[str, Any]
+from ..documents import SAFETENSORS_INDEX, Json
+from ..headers import TensorInfo
 
 
 class Part(Protocol):
@@ -77,4 +76,4 @@ def index(shards: Sequence[Shard[Any]]) -> dict[str, Json]:
         return {}
     files = {info.name: shard.name for shard in shards for info in shard.tensors}
     total = sum(shard.nbytes for shard in shards)
-    return {f"model{INDEX_SUFFIX}": {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}}
+    return {f"model{SAFETENSORS_INDEX}": {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}}

@@ -17,12 +17,11 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from ..documents import CONFIG, Json
 from ..errors import CheckpointError
-from ..files import TensorInfo
+from ..headers import TensorInfo
 from .shards import AnyPart, Part, Shard
 
-Json = dict[str, Any]
-CONFIG = "config.json"
 _FOLDERS = ("checkpoint", "reports", "replaced")
 _FILES = ("unfinished", "fingerprint", "lock")
 _OURS = {*_FOLDERS, *_FILES}

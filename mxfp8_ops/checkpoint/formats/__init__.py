@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..documents import MODELOPT_CONFIG, MODELSLIM_DESCRIPTION
 from ..errors import CheckpointError
 from .base import Description, Format
 from .comfyui import ComfyUI, layer_formats
@@ -63,10 +64,10 @@ def _summary(found: Description) -> str:
     else:
         parts.append("no quantization_config")
     if found.modelopt is not None:
-        parts.append(f"hf_quant_config.json with quant_algo {_short(found.modelopt.get('quant_algo'))}")
+        parts.append(f"{MODELOPT_CONFIG} with quant_algo {_short(found.modelopt.get('quant_algo'))}")
     if found.tensor_types is not None:
         kinds = sorted({str(each) for each in found.tensor_types.values()})
-        parts.append(f"quant_model_description.json with {_short(kinds)}")
+        parts.append(f"{MODELSLIM_DESCRIPTION} with {_short(kinds)}")
     kinds = sorted({str(value["_type"]) for value in subclasses(found.files).values()})
     kinds += sorted({str(value) for value in layer_formats(found.files).values()})
     if kinds:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from ..documents import MODELOPT_CONFIG, MODELSLIM_DESCRIPTION, Json
 from ..errors import CheckpointError, listed
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layer import SCALE, SHORT_FLOATS, LayerSource
 from ..layouts import Layout, RowMajor
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Description:
         """Where something is said about quantization."""
         said = {
             "quantization_config": self.quantization,
-            "hf_quant_config.json": self.modelopt,
-            "quant_model_description.json": self.tensor_types,
+            MODELOPT_CONFIG: self.modelopt,
+            MODELSLIM_DESCRIPTION: self.tensor_types,
         }
         return [place for place, value in said.items() if value is not None]
 

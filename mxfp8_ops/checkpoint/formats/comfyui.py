@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..documents import Json
 from ..errors import CheckpointError, listed
 from ..files import TensorFiles
 from ..layer import LayerSource
 from ..layouts import Layout, Swizzled
-from .base import Description, Format, Json, Names
+from .base import Description, Format, Names
 
 MARKER = ".comfy_quant"
 METADATA = "_quantization_metadata"

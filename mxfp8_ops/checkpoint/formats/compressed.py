@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...format import BLOCK_SIZE
+from ..documents import Json
 from ..errors import CheckpointError
 from ..names import names_or_regexes, regex
-from .base import Description, Format, Json, Names, as_list
+from .base import Description, Format, Names, as_list
 
 FORMAT, MIXED = "mxfp8-quantized", "mixed-precision"
 _WEIGHTS = {"num_bits": 8, "type": "float", "group_size": BLOCK_SIZE}

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...format import BLOCK_SIZE
+from ..documents import Json
 from ..errors import CheckpointError
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layer import ELEMENT
 from ..layouts import Layout, SharedByRows
 from ..names import modules
-from .base import Description, Format, Json, Names, as_list
+from .base import Description, Format, Names, as_list
 
 _E8M0_IS = ("ue8m0", None)  # scale_fmt; where the config does not say it, the dtype of the scales must
 

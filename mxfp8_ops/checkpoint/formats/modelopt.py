@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...format import BLOCK_SIZE
+from ..documents import CONFIG, MODELOPT_CONFIG, Json
 from ..errors import CheckpointError, listed
 from ..files import TensorFiles
 from ..layer import LayerSource
 from ..names import wildcards
-from .base import Description, Format, Json, Names, as_list
+from .base import Description, Format, Names, as_list
 
 MXFP8, MIXED = "MXFP8", "MIXED_PRECISION"
 PRODUCER = {"name": "mxfp8-ops"}
@@ -59,7 +60,7 @@ def _said(found: Description) -> Json | None:
         for what, of in (("quant_algo", _algorithm), ("group_size", _group_size), ("quantized_layers", _of_layers)):
             one, other = of(inside), of(found.modelopt)
             if one != other:
-                raise CheckpointError(f"{what} is {one!r:.200} in config.json, {other!r:.200} in hf_quant_config.json")
+                raise CheckpointError(f"{what} is {one!r:.200} in {CONFIG}, {other!r:.200} in {MODELOPT_CONFIG}")
     return inside
 
 
@@ -100,7 +101,7 @@ class ModelOpt(Format):
             "group_size": BLOCK_SIZE,
             "exclude_modules": sorted(unquantized),
         }
-        return {"hf_quant_config.json": {"producer": PRODUCER, "quantization": said}}
+        return {MODELOPT_CONFIG: {"producer": PRODUCER, "quantization": said}}
 
 
 @dataclass(frozen=True, repr=False)

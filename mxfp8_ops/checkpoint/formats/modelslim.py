@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..documents import MODELSLIM_DESCRIPTION, Json
 from ..errors import CheckpointError, listed
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layer import LayerSource
-from .base import Description, Format, Json, Names
+from .base import Description, Format, Names
 
 W8A8_MXFP8, FLOAT = "W8A8_MXFP8", "FLOAT"
 
@@ -48,6 +50,6 @@ class ModelSlim(Format):
         missing = named - {source.weight.name for source in sources.values()}
         if missing:
             raise CheckpointError(
-                f"quant_model_description.json says {W8A8_MXFP8} of weights that are missing or have no scales: "
+                f"{MODELSLIM_DESCRIPTION} says {W8A8_MXFP8} of weights that are missing or have no scales: "
                 f"{listed(missing)}"
             )

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...format import BLOCK_SIZE
+from ..documents import Json
 from ..errors import CheckpointError, listed
-from ..files import TensorFiles, TensorInfo
+from ..files import TensorFiles
+from ..headers import TensorInfo
 from ..layouts import Layout, RowMajor, Swizzled
-from .base import Description, Format, Json, Names
+from .base import Description, Format, Names
 
 _ELEMENT = {"_type": "torch.dtype", "_data": "float8_e4m3fn"}
 

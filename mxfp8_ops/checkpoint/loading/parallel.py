@@ -12,7 +12,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 
 from ...format import BLOCK_SIZE
-from ..files import EVERYTHING
+from ..values import EVERYTHING
 
 COLUMN, ROW = "colwise", "rowwise"
 

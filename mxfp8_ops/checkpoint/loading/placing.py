@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...nn import Mxfp8Linear
 from ..errors import CheckpointError, listed
-from ..files import TensorInfo
 from ..formats.comfyui import MARKER
+from ..headers import TensorInfo
 from ..layer import LayerSource
 from ..names import OF_ACTIVATIONS
 from ..reading import Checkpoint

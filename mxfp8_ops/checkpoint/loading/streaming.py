@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ...convert import dequant_bounded, linears_to_leave
 from ...format import BLOCK_SIZE
 from ...nn import Mxfp8Linear
-from ..files import EVERYTHING
 from ..layer import LayerSource
 from ..reading import Checkpoint
+from ..values import EVERYTHING
 from .parallel import COLUMN, ROW, TensorParallel
 from .placing import Piece, Target, parent
 
