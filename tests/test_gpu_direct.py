@@ -31,9 +31,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return simulate(monkeypatch)
 
 
-@DTYPE
-@KIND
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, DTYPES * len(KINDS), strict=False)), ids=repr)
 def test_it_compiles_and_reads_16_bytes_at_a_time(kind: plans.Direct, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Each kind in one of the dtypes: kernels take long to compile."""
     found = compiled_at_an_end(kind, True, dtype, tmp_path)
     assert found.registers <= kind.registers
     assert re.search(r"ld\.global\S*evict_first\S*\.v4", found.ptx)

@@ -233,13 +233,13 @@ def test_canonical_weights_of_whole_blocks_reach_the_kernels_from_nine_rows_on(
         assert_same(actual, reference.linear(x, weight, scale, bias))
 
 
-@pytest.mark.parametrize(
-    ("m", "k", "fused"), [(6143, 32, True), (6144, 32, False), (6144, 6144, False), (6144, 6176, True)]
-)
+@pytest.mark.parametrize(("m", "k", "fused"), [(63, 32, True), (64, 32, False), (64, 96, False), (64, 128, True)])
 def test_packed_weights_are_dequantized_first_for_many_rows_and_short_k(
     hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, k: int, fused: bool
 ) -> None:
     called = []
+    monkeypatch.setattr(dispatch, "_MANY_ROWS", 64)
+    monkeypatch.setattr(dispatch, "_SHORT_K", 96)
 
     def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
         called.append(len(x))
