@@ -5,6 +5,7 @@ access; and how layouts put things in memory. Needs Triton.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import re
 from types import SimpleNamespace
@@ -238,7 +239,8 @@ GLUON: dict[str, Any] = {
 def simulate(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """``fragments``, ``canonical`` and ``direct`` as functions of Python, and the Gluon that they then use."""
     gluon = SimpleNamespace(**GLUON)
-    for module in (fragments, canonical, direct):
+    numbers = importlib.import_module("mxfp8_ops.gpu.places")  # whose name a function has here
+    for module in (fragments, canonical, numbers, direct):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.jit.JITFunction):
                 monkeypatch.setattr(module, name, value.fn)

@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import float16_in_both_halves, halves, place_of_mark, scale_to_float32, scaled, separate
+from .places import places_along
 from .tiles import wait_for_kernel_before
 
 _BLOCK = gl.constexpr(132 * 32)  # words of 128 rows and 128 elements of K: see mxfp8_ops.packing
@@ -291,21 +292,3 @@ def _any_pairs(SIZES: gl.constexpr, MMA: gl.constexpr):
     tile = gl.full([SIZES[2], SIZES[3] * 64, 2 * SIZES[0]], 0, gl.int8, gl.DotOperandLayout(1, MMA, 2))
     pair, _ = gl.split(gl.reshape(gl.permute(tile, (0, 2, 1)), [SIZES[2], 2 * SIZES[0], SIZES[3], 2, 4, 4, 2]))
     return pair
-
-
-@gluon.jit
-def places_along(size: gl.constexpr, dim: gl.constexpr, rank: gl.constexpr, LAYOUT: gl.constexpr):
-    """0 .. size - 1 along one dimension of a tensor of that rank and layout."""
-    places = gl.arange(0, size, _along(dim, rank, LAYOUT))
-    for other in gl.static_range(rank):
-        if other != dim:
-            places = gl.expand_dims(places, other)
-    return places
-
-
-@gluon.constexpr_function
-def _along(dim, rank, layout):
-    for other in reversed(range(rank)):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout

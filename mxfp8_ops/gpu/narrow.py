@@ -15,8 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .direct import places_along
 from .fragments import group_scale, halves, needs_exact, scaled, separate
+from .places import places_along
 from .tiles import wait_for_kernel_before
 from .versions import barrier, load_box, reinterpret
 
