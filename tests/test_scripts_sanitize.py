@@ -169,6 +169,13 @@ def test_races_are_told_by_their_lines_of_source(sanitize: ModuleType) -> None:
     assert third.startswith("====")
 
 
+def test_what_was_found_before_the_time_was_over_is_shown(sanitize: ModuleType) -> None:
+    output = "========= Invalid read of size 4\n" + "a case\n" * 100
+    finding = sanitize.judged("memcheck", sanitize.Finished(output, None, 200.0))
+    assert finding.verdict == "out of time"
+    assert finding.report[:2] == ["========= Invalid read of size 4", "a case"]
+
+
 def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     cases, plans = importlib.import_module("benchmarks.cases"), importlib.import_module("mxfp8_ops.gpu.plans")
@@ -181,7 +188,7 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
         planned = [plan for problem, plan in cases._planned() if problem.packed == packed]
         tiled = [plan for plan in planned if isinstance(plan, plans.Skinny | plans.Wide)]
         assert {plans._kind(plan) for plan in tiled} == set(plans.TABLE)
-        direct = {(plan.rows, plan.warps) for plan in planned if isinstance(plan, plans.Direct)}
-        assert direct == (set(itertools.product((4, 8), (4, 8, 16))) if packed else set())
+        direct = {plan for plan in planned if isinstance(plan, plans.Direct)}
+        assert direct == (set(itertools.chain(*plans.DIRECT.values())) if packed else set())
         narrow = {plan for plan in planned if isinstance(plan, plans.Narrow)}
         assert narrow == ({kind for kind, _, _ in plans.NARROW} if packed else set())

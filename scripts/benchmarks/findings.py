@@ -72,7 +72,8 @@ def judged(tool: str, finished: Finished) -> Finding:
     lines = output.splitlines()
     reports = [line for line in lines if line.startswith("====")]
     found = [*races(reports), *reports][:LINES]
-    shown = {"clean": [], "errors": found}.get(verdict, lines[-LINES:])
+    # What was found until then comes first, also where no verdict was reached.
+    shown = {"clean": [], "errors": found}.get(verdict, [*found, *lines[-LINES:]][:LINES])
     cases = int(done[1]) if done else None
     return Finding(tool, verdict, cases, errors, summary[1] if summary else "", finished.seconds, shown)
 
