@@ -5,7 +5,6 @@ access; and how layouts put things in memory. Needs Triton.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import re
 from types import SimpleNamespace
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import triton
+from compiling import DTYPES
 from torch import Tensor
 
 from mxfp8_ops.gpu import canonical, direct, fragments
+from mxfp8_ops.gpu import places as numbers
 
-DTYPES = (torch.bfloat16, torch.float16)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 
 
@@ -239,7 +239,6 @@ GLUON: dict[str, Any] = {
 def simulate(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """``fragments``, ``canonical`` and ``direct`` as functions of Python, and the Gluon that they then use."""
     gluon = SimpleNamespace(**GLUON)
-    numbers = importlib.import_module("mxfp8_ops.gpu.places")  # whose name a function has here
     for module in (fragments, canonical, numbers, direct):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.jit.JITFunction):

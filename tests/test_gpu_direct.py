@@ -93,7 +93,7 @@ def directly(
     out = torch.full((m, n), torch.nan, dtype=x.dtype)
     pointers = (x.contiguous().view(torch.int32), packed, x if bias is None else bias, out)
     ragged = k % (128 * plan.warps * plan.blocks) != 0
-    constants = (plan.rows, plan.tiles, plan.warps, plan.blocks, ragged, bias is not None)
+    constants = (*plan.constants, ragged, bias is not None)
     for program in range(plan.programs(n)):
         gluon.program_id = lambda _, program=program: program
         direct.kernel(*map(Pointer, pointers), m, n, k, *constants)

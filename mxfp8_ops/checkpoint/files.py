@@ -155,7 +155,7 @@ def merged(root: Path, paths: list[Path]) -> TensorFiles:
     """The tensors of all ``paths``; CheckpointError where one is damaged, or a tensor is in two."""
     files = TensorFiles(root, paths, {})
     for path in paths:
-        header = files.headers[path] = _header(path)
+        header = files.headers[path] = _first_header(path)
         for info in header.infos.values():
             first = files.infos.setdefault(info.name, info)
             if first is not info:
@@ -166,7 +166,7 @@ def merged(root: Path, paths: list[Path]) -> TensorFiles:
     return files
 
 
-def _header(path: Path) -> Header:
+def _first_header(path: Path) -> Header:
     try:
         with regular(path) as file:
             return read_header(path, file)

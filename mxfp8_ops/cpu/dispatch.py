@@ -67,11 +67,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     """
     n, k = weight.shape
     rows = x.numel() // k
-    out = _fresh(
-        x.new_empty(*x.shape[:-1], n)
-    )  # in few steps: what Python does here takes as long as some rows of a weight
+    out = x.new_empty(*x.shape[:-1], n)  # in few steps: what Python does here takes as long as some rows of a weight
     if rows == 0:
         return out
+    _fresh(out)
     stride = k
     if not x.is_contiguous():
         x = x.reshape(rows, k)

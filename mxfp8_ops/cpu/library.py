@@ -28,8 +28,9 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mxfp8_abi": (_INT, ()),
     # weight, scale, out, blocks, dtype, threads
     "mxfp8_dequant": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT, _INT)),
-    # x, weight, scale, blocks, dtype, rule, threads
+    # memory, bytes
     "mxfp8_map_large_pages": (None, (_POINTER, _INT64)),
+    # x, weight, scale, blocks, dtype, rule, threads
     "mxfp8_quantize": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT, _INT, _INT)),
     # x, its row stride, weight, scale, bias, out, m, n, k, dtype, threads
     "mxfp8_linear": (_INT, (_POINTER, _INT64, *(_POINTER,) * 4, _INT64, _INT64, _INT64, _INT, _INT)),

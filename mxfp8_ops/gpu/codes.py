@@ -25,6 +25,13 @@ def element_to_float32(code):
 
 
 @triton.jit
+def moved_to_float32(bits):
+    """The same of an e4m3 code whose sign, exponent and mantissa are where a float32 has them, as in packed weights."""
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((bits & 0x7FFF0000) == 0x07F00000, float("nan"), value)
+
+
+@triton.jit
 def float32_to_element(value):
     """The e4m3 code nearest to a value of at most 448, ties to even.
 

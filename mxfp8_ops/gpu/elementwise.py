@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
 from ..packing import COLUMNS
-from .codes import element_to_float32, float32_to_element, scale_to_float32
+from .codes import element_to_float32, float32_to_element, moved_to_float32, scale_to_float32
 from .launch import launch
 
 _BLOCKS = 64  # blocks of 32 a program
@@ -95,13 +95,7 @@ def _pairs(word, scale):
     bits of 2**-120 times an element.
     """
     power = scale_to_float32(scale)
-    return tl.join(_element(word << 16) * power, _element(word & _UPPER_HALF) * power)
-
-
-@triton.jit
-def _element(bits):
-    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-    return tl.where((bits & 0x7FFF0000) == 0x07F00000, float("nan"), value)
+    return tl.join(moved_to_float32(word << 16) * power, moved_to_float32(word & _UPPER_HALF) * power)
 
 
 @triton.jit

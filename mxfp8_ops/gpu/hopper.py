@@ -90,7 +90,7 @@ def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out:
         direct.kernel,
         (chosen.programs(n),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
-        (chosen.rows, chosen.tiles, chosen.warps, chosen.blocks, k % (128 * together) != 0, bias is not None),
+        (*chosen.constants, k % (128 * together) != 0, bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
         dependent=settings.dependent_launch(),

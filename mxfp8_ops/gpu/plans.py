@@ -28,6 +28,11 @@ class Direct:
     blocks: int
     registers: int = 64
 
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return self.rows, self.tiles, self.warps, self.blocks
+
     def programs(self, n: int) -> int:
         """For so many outputs."""
         return divided(2 * divided(n, 16), self.tiles)
@@ -171,7 +176,7 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    few = DIRECT[4 if m <= 4 else 8] if packed and m <= 8 else ()
+    few = _directs(m) if packed and m <= 8 else ()
     narrow = [kind for kind, _, _ in _narrow(m, k)] if packed else []
     return [*few, *narrow, *_tiled(m, n, k, processors)]
 
@@ -244,17 +249,23 @@ def _narrow(m: int, k: int) -> Iterator[tuple[Narrow, float, int]]:
 
 
 def _direct(m: int, n: int, processors: int) -> Direct | None:
-    """The first kind of which every program starts at once. If there is none, and if others are slower (None if not),
-    the last kind, or one of smaller programs where that would leave the chip half empty in the end.
+    """The first kind of which every program starts at once. Where there is none: for up to four rows the last kind, or
+    one of smaller programs if that would leave the chip half empty in the end; for more rows none.
     """
-    kinds = DIRECT[4 if m <= 4 else 8]
+    kinds = _directs(m)
     for kind in kinds:
         if kind.programs(n) <= kind.at_once * processors:
             return kind
     if m > 4:
         return None
-    last = kinds[-1].programs(n) % (kinds[-1].at_once * processors)
-    return kinds[-1] if last * 2 > kinds[-1].at_once * processors else kinds[1]
+    smaller, last = kinds[1], kinds[-1]
+    together = last.at_once * processors
+    return last if last.programs(n) % together * 2 > together else smaller
+
+
+def _directs(m: int) -> tuple[Direct, ...]:
+    """Of DIRECT what is for so many rows, up to eight."""
+    return DIRECT[4 if m <= 4 else 8]
 
 
 def divided(length: int, size: int) -> int:
