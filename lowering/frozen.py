@@ -18,6 +18,7 @@ from mxfp8_ops import settings
 
 from . import compat
 from .report import FOLDED, WeightReport
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class FrozenCall:
 
     def __init__(self, compiled: Callable[..., Any], eager: fx.GraphModule, tensors: list[Tensor]) -> None:
         self.compiled, self.eager, self.tensors = compiled, eager, tensors
-        self.seen = self._state()
+        self.seen = Watch(tensors)
         self.stale = False
         with _lock:
             _calls.add(self)
@@ -46,7 +47,7 @@ class FrozenCall:
         return FrozenCall(compiled, compat.copy_graph_module(gm), tensors) if tensors else compiled
 
     def __call__(self, *args: Any) -> Any:
-        if not self.stale and self._state() == self.seen:
+        if not self.stale and self.seen.sees_no_change(self.tensors):
             return self.compiled(*args)
         if not self.stale:
             self.expire()
@@ -57,9 +58,6 @@ class FrozenCall:
         log.warning("a frozen MXFP8 weight was changed: answering from the eager graph, compiling again")
         self.stale = True
         settings.invalidate_compiled()
-
-    def _state(self) -> list[int]:
-        return [number for tensor in self.tensors for number in (tensor._version, tensor.data_ptr())]
 
 
 def expire(tensors: Iterable[Tensor]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, fx
 
-from . import compat, released, store
+from . import released, store
 from .forms import Form
 from .graph import StaticView, view_name
+from .watch import Watch, identities
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,6 @@ class Slot:
         return self.entry
 
 
-_versions = attrgetter("_version")
-
-
 class _Known:
     """The entries for the weights and scales of a call, and how those were. A released weight cannot change."""
 
@@ -99,16 +97,14 @@ class _Known:
         self.entries = [slot.fetch(args) for slot in slots]
         watched = [i for i, tensor in enumerate(sources) if not released.is_released(tensor)]
         self.watched = None if len(watched) == len(sources) else picker(watched)
-        tensors = sources if self.watched is None else self.watched(sources)
-        self.versions, self.are_in_place = list(map(_versions, tensors)), compat.addresses(tensors)
+        self.watch = Watch(sources if self.watched is None else self.watched(sources))
         if not all(entry.is_current(slot.sources(args)) for entry, slot in zip(self.entries, slots, strict=True)):
             self.epoch = -1  # changed by somebody else meanwhile: look again at the next call
 
     def is_current(self, sources: tuple[Tensor, ...]) -> bool:
         if self.epoch != store.epoch():
             return False
-        tensors = sources if self.watched is None else self.watched(sources)
-        return list(map(_versions, tensors)) == self.versions and self.are_in_place(tensors)
+        return self.watch.sees_no_change(sources if self.watched is None else self.watched(sources))
 
 
 @dataclass
@@ -137,17 +133,17 @@ class Folded:
             return compiled
         slots, kept = self.slots, picker(self.kept_inputs)
         sources = picker(list(dict.fromkeys(i for slot in slots for i in slot.indices)))
-        known: dict[tuple[int, ...], _Known] = {}
+        known: dict[Hashable, _Known] = {}
 
         def call(*args: Any) -> Any:
             nonlocal known
             tensors = sources(args)
-            ids = tuple(map(id, tensors))
-            found = known.get(ids)
+            which = identities(tensors)
+            found = known.get(which)
             if found is None or not found.is_current(tensors):
                 found = _Known(args, tensors, slots)
                 alive = {key: each for key, each in known.items() if all(e.value is not None for e in each.entries)}
-                known = alive | {ids: found}  # replaced, not changed: other threads may be reading it
+                known = alive | {which: found}  # replaced, not changed: other threads may be reading it
             return compiled(*kept(args), *[entry.value for entry in found.entries])
 
         return call

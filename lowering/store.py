@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import released
 from .forms import Form
+from .watch import Watch
 
 View: TypeAlias = Callable[[Tensor], Tensor]
 Key: TypeAlias = tuple[tuple[int, ...], str, Form]
@@ -52,7 +53,7 @@ class Entry:
         self.tensors = tuple(weakref.ref(tensor, self._drop) for tensor in tensors)
         self.views, self.form = views, form
         self.value: Tensor | None = None
-        self.seen: list[tuple[int, int]] | None = None
+        self.seen: Watch | None = None
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether ``value`` still belongs to these tensors as they are now: a replaced one has another
@@ -60,7 +61,7 @@ class Entry:
         """
         if self.value is None or any(ref() is not tensor for ref, tensor in zip(self.tensors, tensors, strict=True)):
             return False
-        return self.seen == _state(tensors)
+        return self.seen is not None and self.seen.sees_no_change(_changeable(tensors))
 
     def refresh(self, tensors: tuple[Tensor, ...]) -> None:
         """Makes the value again, in the same memory."""
@@ -75,7 +76,7 @@ class Entry:
                 )
             # Outside of inference mode: its tensors could neither be saved for backward nor updated later.
             with torch.inference_mode(False), torch.no_grad():
-                seen = _state(tensors)
+                seen = Watch(tensors)
                 viewed = [view(tensor) for view, tensor in zip(self.views, tensors, strict=True)]
                 weight, scale = (
                     each[0] if len(each) == 1 else _rows_of_all(each) for each in (viewed[::2], viewed[1::2])
@@ -90,9 +91,9 @@ class Entry:
         _begin_epoch()  # another tensor may get the place, the version and so the looks of the one that is gone
 
 
-def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """What tells whether tensors were changed. A released one cannot be."""
-    return [(-1, -1) if released.is_released(each) else (each._version, each.data_ptr()) for each in tensors]
+def _changeable(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """All but those that were released."""
+    return [tensor for tensor in tensors if not released.is_released(tensor)]
 
 
 def _rows_of_all(tensors: list[Tensor]) -> Tensor:
@@ -132,7 +133,7 @@ def release(source: Tensor) -> None:
         for each in entries:
             tensors = [ref() for ref in each.tensors]
             alive = [tensor for tensor in tensors if tensor is not None]
-            each.seen = _state(alive) if len(alive) == len(tensors) else None
+            each.seen = Watch(_changeable(alive)) if len(alive) == len(tensors) else None
         source.mxfp8_entries = entries  # type: ignore[attr-defined]
         _begin_epoch()
 

@@ -170,7 +170,8 @@ def test_a_stored_run_is_shown_section_by_section(bench: ModuleType, tmp_path: P
         "# Some GPU, compiled models\n\ntorch 2.11, triton 3.6, transformers 5.23, SM clock 1980 MHz under load, today"
     )
     assert "| reduce-overhead | 1 | 9.00 | 9.10 | 6.00 | 6.25 |" in text
-    assert "Under reduce-overhead, kept takes at most 0.96 of eager packed." in text
+    assert "In mode reduce-overhead, kept takes at most 0.96 of eager packed." in text
+    assert "In mode default, kept takes at most 4.80 of eager packed." in text
     assert text.count("Graphs that Inductor would not make CUDA graphs of") == 1
     assert "| 16 | 80.0 | 75.5 | 4.0e-03 |" in text
     assert "| bf16 | 1 | 250.0 | 4.000 | 7.500 | 20.000 | 21.000 |  |  |  | 30.0 |" in text
