@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 import mxfp8_ops
 from mxfp8_ops import settings
 
-from . import compat, kernels, report
+from . import calls, compat, kernels, report
 from .forms import Wanted
 from .graph import label_leaves, leaf_name, leaves, recognise, recognise_all
 from .hoist import FLAG_IS_OFF, Hoist
@@ -114,6 +114,7 @@ class LowerPass(Mxfp8Pass):
         with graph_report.timed("passes"):
             if settings.kernels():
                 kernels.lower_dequant(graph)
+                calls.mark(graph)
             graph_report.record(report.POST_GRAD, graph)
 
 

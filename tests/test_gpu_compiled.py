@@ -10,6 +10,7 @@ import torch
 from helpers import assert_same
 from models import Chain, layer, rows
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 import mxfp8_ops
 from lowering import released, report
@@ -98,6 +99,21 @@ def test_one_graph_serves_every_number_of_rows() -> None:
         for m in (2, 3, 8, 9, 33, 65, 129, 300):
             assert_same(run(rows(m, 288).cuda()), model(rows(m, 288).cuda()))
     assert len(graphs) == 1
+
+
+@MODES
+def test_generated_code_calls_the_kernels_without_the_dispatcher(mode: str) -> None:
+    model = layer(300, 288).cuda()
+    for pack, name in ((True, "mxfp8_linear_packed_cuda"), (False, "mxfp8_linear_cuda")):
+        with torch._inductor.config.patch(force_disable_caches=True):
+            run = compiled(model, mode, pack_at_load=pack)
+            for m in (1, 20):
+                actual, code = run_and_get_code(run, rows(m, 288).cuda())
+                assert_same(actual, model(rows(m, 288).cuda()))
+                assert sum(each.count(f"extern_kernels.{name}(") for each in code) == 1
+                for _ in range(3):  # the launches that are made again
+                    assert_same(run(rows(m, 288).cuda()), actual)
+        torch._dynamo.reset()
 
 
 def test_release_leaves_one_byte_a_weight() -> None:

@@ -62,8 +62,8 @@ def name_kernels(graph: GraphReport) -> None:
 
 
 def _readable(name: str, device: str) -> str:
-    found = re.fullmatch(r"torch\.ops\.(mxfp8\.\w+)\.default", name)
-    return kernel_text(found[1], device) if found else name.removeprefix("torch.ops.")
+    found = re.fullmatch(r"torch\.ops\.mxfp8\.(\w+)\.default|extern_kernels\.mxfp8_(\w+?)(?:_cuda)?", name)
+    return kernel_text(f"mxfp8.{found[1] or found[2]}", device) if found else name.removeprefix("torch.ops.")
 
 
 def _split(code: str) -> tuple[dict[str, str], list[str]]:

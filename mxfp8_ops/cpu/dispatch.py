@@ -65,24 +65,31 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     """See ``mxfp8_ops.reference.linear``. A few rows of x are multiplied in one pass over the weight; for more, parts
     of the weight are dequantized into the caches, and torch multiplies them there.
     """
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])  # in few steps: what Python does takes as long as some rows
+    linear_into(x, weight, scale, bias, out)
+    return out
+
+
+def linear_into(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The same in ``out``, which is contiguous."""
     n, k = weight.shape
     rows = x.numel() // k
-    out = x.new_empty(*x.shape[:-1], n)  # in few steps: what Python does here takes as long as some rows of a weight
     if rows == 0:
-        return out
-    _fresh(out)
+        return
     stride = k
     if not x.is_contiguous():
         x = x.reshape(rows, k)
         x = x if x.stride(1) == 1 else x.contiguous()
         stride = x.stride(0)
-    weight, scale = weight.contiguous(), scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    kernels = _kernels()
+    if not (weight.is_contiguous() and scale.is_contiguous()):
+        weight, scale = weight.contiguous(), scale.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    _fresh(out)
     if rows > _most_rows(x.dtype):
         _by_panels(x.view(rows, k), weight, scale, bias, out.view(rows, n))
-        return out
-    kernels.mxfp8_linear(
+        return
+    _kernels().mxfp8_linear(
         x.data_ptr(),
         stride,
         weight.data_ptr(),
@@ -95,7 +102,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
         DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )
-    return out
 
 
 _MOST_ROWS = 32

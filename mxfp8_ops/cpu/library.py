@@ -88,8 +88,7 @@ def current() -> ctypes.CDLL | None:
 
 def level() -> str | None:
     """The name of the level in force, None where the reference computes. Raises as ``current`` does."""
-    kernels = current()
-    return next((name for name, loaded in _loaded.items() if loaded is kernels), None)
+    return getattr(current(), "mxfp8_level", None)
 
 
 def _choose(word: str | None) -> ctypes.CDLL | None:
@@ -128,6 +127,7 @@ def load(name: str) -> ctypes.CDLL:
             for function, (result, arguments) in FUNCTIONS.items():
                 found = getattr(library, function)
                 found.restype, found.argtypes = result, arguments
+            library.mxfp8_level = name
             _survive_forks(library)
             _loaded[name] = library
         return _loaded[name]
