@@ -125,11 +125,11 @@ def cpu_level() -> str | None:
     """``MXFP8_CPU_LEVEL``: the instruction set that CPU kernels are to use, None when unset. Which words mean one,
     ``cpu.library`` knows.
     """
-    return None if _surely_unset(CPU_LEVEL) else os.environ.get(CPU_LEVEL)
+    return None if environment.surely_unset(CPU_LEVEL) else os.environ.get(CPU_LEVEL)
 
 
 def _switch(name: str) -> bool | None:
-    if _surely_unset(name):
+    if environment.surely_unset(name):
         return None
     word = os.environ.get(name)
     if word is None:
@@ -137,18 +137,6 @@ def _switch(name: str) -> bool | None:
     if word.lower() not in _WORDS:
         raise ValueError(f"{name} must be 1/true/yes/on or 0/false/no/off, got {word!r}")
     return _WORDS[word.lower()]
-
-
-def _surely_unset(name: str) -> bool:
-    """Looks into the dict behind ``os.environ``, which says so without an exception: 2 us less in every call."""
-    data = getattr(os.environ, "_data", None)
-    return data is not None and _ENCODED[name] not in data
-
-
-_ENCODED = {
-    name: getattr(os.environ, "encodekey", str)(name)
-    for name in (*environment.VARIABLES, AUTOTUNE, DEPENDENT_LAUNCH, CPU_LEVEL)
-}
 
 
 def guard_compiled_graph() -> None:

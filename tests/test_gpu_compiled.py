@@ -109,6 +109,7 @@ def test_generated_code_calls_the_kernels_without_the_dispatcher(mode: str) -> N
             run = compiled(model, mode, pack_at_load=pack)
             for m in (1, 20):
                 actual, code = run_and_get_code(run, rows(m, 288).cuda())
+                actual = actual.clone()  # a CUDA graph writes to the same memory again
                 assert_same(actual, model(rows(m, 288).cuda()))
                 assert sum(each.count(f"extern_kernels.{name}(") for each in code) == 1
                 for _ in range(3):  # the launches that are made again

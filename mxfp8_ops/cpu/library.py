@@ -127,7 +127,7 @@ def load(name: str) -> ctypes.CDLL:
             for function, (result, arguments) in FUNCTIONS.items():
                 found = getattr(library, function)
                 found.restype, found.argtypes = result, arguments
-            library.mxfp8_level = name
+            library.mxfp8_level = name  # type: ignore[attr-defined]
             _survive_forks(library)
             _loaded[name] = library
         return _loaded[name]
