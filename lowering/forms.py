@@ -46,20 +46,24 @@ class Dequantized:
 
 @dataclass(frozen=True)
 class Packed:
-    """``pack(weight, scale)``: one byte an element, in the order in which the kernels of GPUs read it."""
+    """``pack(weight, scale, dtype)``: one byte an element, in the order in which the kernels of GPUs read it for x of
+    that dtype.
+    """
+
+    dtype: torch.dtype
 
     word, target = "packed", "mxfp8.linear_packed"
 
     def __str__(self) -> str:
-        return self.word
+        return f"{self.word} for {dtype_name(self.dtype)}"
 
     def empty(self, weight: Tensor) -> Tensor:
         """A value of this form without data."""
-        return weight.new_empty(packing.packed_shape(*weight.shape), dtype=packing.PACKED_DTYPE)
+        return weight.new_empty(packing.packed_shape(*weight.shape, self.dtype), dtype=packing.PACKED_DTYPE)
 
     def make(self, weight: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
         """The value, in ``out`` where that is given."""
-        return packing.pack(weight, scale, out)
+        return packing.pack(weight, scale, out, self.dtype)
 
     def linear(self, n: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """What computes ``linear(x, weight, scale, bias)`` from x and the value, and its arguments before the bias."""
@@ -93,7 +97,7 @@ class Wanted:
             return Dequantized(dtype)
         if not is_linear(node) or dtype == torch.float32:  # for which there is no kernel
             return None
-        return Packed() if (ops.reads_packed(device) if self.pack is None else self.pack) else None
+        return Packed(dtype) if (ops.reads_packed(device) if self.pack is None else self.pack) else None
 
     def merges(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.merge is None else self.merge

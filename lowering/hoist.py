@@ -195,7 +195,8 @@ class Hoist:
     def _handle(self, level: Level, uses: list[Use]) -> None:
         made: dict[fx.Node, tuple[Use, Pair, Form]] = {}
         for use in uses:
-            pair, form = use.pair(), self._form(use)
+            pair = use.pair()
+            form = self._form(level, use, pair)
             reason = self._why_kept(level, use, pair, form)
             if not reason:
                 assert pair is not None
@@ -229,8 +230,17 @@ class Hoist:
 
     # --- may it be folded? ------------------------------------------------------------------------------
 
-    def _form(self, use: Use) -> Form | None:
-        return None if self.wanted.nothing else self.wanted.form(use.node, self._value(use.weight).device, use.dtype)
+    def _form(self, level: Level, use: Use, pair: Pair | None) -> Form | None:
+        """What the weight of a use is to become. One that is packed already stays packed for the dtype that it was
+        packed for first: that of any other is a little slower, but a second copy would be as large.
+        """
+        if self.wanted.nothing:
+            return None
+        form = self.wanted.form(use.node, self._value(use.weight).device, use.dtype)
+        if isinstance(form, Packed):
+            weights = [self._example(origin.weight.leaf) for origin in self._origins(level, pair) if origin]
+            return next(filter(None, map(store.packed_form, weights)), form)
+        return form
 
     def _why_kept(self, level: Level, use: Use, pair: Pair | None, form: Form | None) -> str:
         """Why the weight of a use stays as it is, "" if it can be made into that form."""

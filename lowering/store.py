@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import released
-from .forms import Form
+from .forms import Form, Packed
 from .watch import Watch
 
 View: TypeAlias = Callable[[Tensor], Tensor]
@@ -123,6 +123,15 @@ def entry(tensors: tuple[Tensor, ...], views: tuple[View, ...], text: str, form:
         return found
 
 
+def packed_form(weight: object) -> Packed | None:
+    """The form in which a weight is packed already, alone or with others; None if it is not."""
+    with _lock:
+        for key, found in list(_entries.items()):
+            if isinstance(found.form, Packed) and id(weight) in key[0] and _made_of(found, weight):
+                return found.form
+    return None
+
+
 def release(source: Tensor) -> None:
     """Frees the bytes of a weight or a scale. Its entries now live as long as it does: nothing could make them
     again.
@@ -138,7 +147,7 @@ def release(source: Tensor) -> None:
         _begin_epoch()
 
 
-def _made_of(found: Entry, tensor: Tensor) -> bool:
+def _made_of(found: Entry, tensor: object) -> bool:
     return any(ref() is tensor for ref in found.tensors)
 
 

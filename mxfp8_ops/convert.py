@@ -128,7 +128,7 @@ def dequantize_at_load_(
     return summary
 
 
-def pack_(model: nn.Module) -> int:
+def pack_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Packs every ``Mxfp8Linear`` of ``model`` for GPUs, in place: see ``Mxfp8Linear.pack_``. One weight at a time, so
     memory exceeds that of the packed model by one layer at most.
 
@@ -137,6 +137,7 @@ def pack_(model: nn.Module) -> int:
 
     Args:
         model: any module, also a bare ``Mxfp8Linear``.
+        dtype: see ``Mxfp8Linear.pack_``.
 
     Returns:
         How many layers were packed by this call.
@@ -151,11 +152,13 @@ def pack_(model: nn.Module) -> int:
             sharing.setdefault(module.weight, []).append(module)
     count = sum(map(len, sharing.values()))
     while sharing:
-        _pack_sharing(sharing.popitem()[1])  # no name holds the weight: its bytes go before the next one is packed
+        _pack_sharing(
+            sharing.popitem()[1], dtype
+        )  # no name holds the weight: its bytes go before the next one is packed
     return count
 
 
-def _pack_sharing(layers: list[Mxfp8Linear]) -> None:
+def _pack_sharing(layers: list[Mxfp8Linear], dtype: torch.dtype | None) -> None:
     """Packs layers that have one weight: once, unless their scales differ."""
     while layers:
         scale = layers[0].weight_scale  # moving a module makes a scale of its own for each layer
@@ -164,7 +167,8 @@ def _pack_sharing(layers: list[Mxfp8Linear]) -> None:
             for layer in layers
             if layer.weight_scale is scale or (not scale.is_meta and torch.equal(layer.weight_scale, scale))
         ]
-        packed = frozen_parameter(functional.pack(*layers[0].quantized()))
+        for_dtype = layers[0]._packed_for() if dtype is None else dtype
+        packed = frozen_parameter(functional.pack(*layers[0].quantized(), for_dtype))
         for layer in same:
             layer._hold_packed(packed)
         layers = [layer for layer in layers if layer not in same]

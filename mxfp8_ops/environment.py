@@ -29,7 +29,7 @@ _ALL_UNSET = repr([None] * len(VARIABLES))
 
 
 def surely_unset(name: str) -> bool:
-    """Whether a variable is not set. The dict behind ``os.environ`` says so without an exception: 2 us less in a call."""
+    """Whether a variable is not set. The dict behind ``os.environ`` says so without an exception: 2 us less a call."""
     data = getattr(os.environ, "_data", None)
     return data is not None and _ENCODED[name] not in data
 

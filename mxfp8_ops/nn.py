@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_pair, scale_bytes
-from .packing import PACKED_DTYPE
+from .packing import PACKED_DTYPE, check_packed_for, packed_for
 from .pickling import PickledPacked, PickledWeight
 
 _DTYPES_OF_BYTES = (ELEMENT_DTYPE, SCALE_DTYPE, PACKED_DTYPE)
@@ -96,24 +96,32 @@ class Mxfp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.weight_scale, self.bias)
 
-    def pack_(self) -> Mxfp8Linear:
+    def pack_(self, dtype: torch.dtype | None = None) -> Mxfp8Linear:
         """Brings the weight into the order in which GPUs read it fastest (see ``mxfp8_ops.pack``), in place: weight
         and scale are freed. Layers that share a weight get a copy each; ``mxfp8_ops.pack_(model)`` keeps it shared.
 
         The layer computes the same linear. Its state_dict stays canonical: ``weight`` and ``weight_scale``, bit for
         bit, to save and to load, and what is loaded is packed. Its class is ``PackedMxfp8Linear`` until ``unpack_``.
 
+        Args:
+            dtype: of the x that it will mostly get, bfloat16 or float16 (see ``mxfp8_ops.pack``). Unless told, float16
+                if that is the bias's.
+
         Returns:
-            The layer itself; one that is packed already stays as it is.
+            The layer itself; one that is packed so already stays as it is.
 
         Raises:
             TypeError: a subclass, whose methods may want the canonical weight. ValueError: the weight wants a gradient
-            or was released. The layer is left untouched.
+            or was released, or another ``dtype``. The layer is left untouched.
         """
         if type(self) is not Mxfp8Linear:
             raise TypeError(f"{type(self).__name__} is a subclass of Mxfp8Linear and cannot be packed in place")
-        self._hold_packed(frozen_parameter(functional.pack(self.weight, self.weight_scale)))
+        dtype = self._packed_for() if dtype is None else dtype
+        self._hold_packed(frozen_parameter(functional.pack(self.weight, self.weight_scale, dtype)))
         return self
+
+    def _packed_for(self) -> torch.dtype:
+        return torch.float16 if self.bias is not None and self.bias.dtype == torch.float16 else torch.bfloat16
 
     def unpack_(self) -> Mxfp8Linear:
         """Undoes ``pack_``, in place and bit for bit. A layer that is not packed stays as it is."""
@@ -206,8 +214,14 @@ class PackedMxfp8Linear(Mxfp8Linear):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear_packed(x, self.weight_packed, self.out_features, self.bias)
 
-    def pack_(self) -> Mxfp8Linear:
+    def pack_(self, dtype: torch.dtype | None = None) -> Mxfp8Linear:
+        if dtype is not None and dtype != self._packed_for():
+            check_packed_for(dtype)
+            self.unpack_().pack_(dtype)
         return self
+
+    def _packed_for(self) -> torch.dtype:
+        return packed_for(self.weight_packed)
 
     def unpack_(self) -> Mxfp8Linear:
         weight, scale = self.quantized()
@@ -225,7 +239,7 @@ class PackedMxfp8Linear(Mxfp8Linear):
         return "Mxfp8Linear"
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, packed=True"
+        return f"{super().extra_repr()}, packed={str(self._packed_for()).removeprefix('torch.')}"
 
     def __getstate__(self) -> dict[str, Any]:
         packed = PickledPacked.of_layer(self.weight_packed, self.out_features, self.in_features)
@@ -242,12 +256,12 @@ class PackedMxfp8Linear(Mxfp8Linear):
         """Loads as the unpacked layer does, then packs: in place, so that layers still share the weight and compiled
         graphs see the new one, or as a new Parameter under ``assign``.
         """
-        packed, local_metadata = self.weight_packed, args[0]
+        packed, dtype, local_metadata = self.weight_packed, self._packed_for(), args[0]
         self.unpack_()
         try:
             self._load_from_state_dict(state_dict, prefix, *args)  # now that of Mxfp8Linear
         finally:
-            loaded = functional.pack(self.weight, self.weight_scale)
+            loaded = functional.pack(self.weight, self.weight_scale, dtype)
             if local_metadata.get("assign_to_params_buffers", False):
                 packed = frozen_parameter(loaded)
             else:

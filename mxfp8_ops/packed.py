@@ -17,9 +17,9 @@ from . import derivatives, ops, packing, reference
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_bias, check_compute_dtype, check_pair
 from .gpu import replay
 from .ops import _TAGS, _library
-from .packing import PACKED_DTYPE, check_packed, packed_shape
+from .packing import PACKED_DTYPE, check_packed, check_packed_for, packed_shape
 
-_library.define("pack(Tensor weight, Tensor scale) -> Tensor", tags=_TAGS)
+_library.define("pack(Tensor weight, Tensor scale, ScalarType dtype=bfloat16) -> Tensor", tags=_TAGS)
 _library.define("unpack(Tensor packed, SymInt n, SymInt k) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define("linear_packed(Tensor x, Tensor packed, SymInt n, Tensor? bias) -> Tensor", tags=_TAGS)
 
@@ -31,10 +31,11 @@ linear_packed = torch.ops.mxfp8.linear_packed.default
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_pack(weight: Tensor, scale: Tensor) -> None:
+def _check_pack(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
     if weight.dim() != 2:
         raise ValueError(f"only the weight [N, K] of a linear can be packed, got {list(weight.shape)}")
     check_pair(weight, scale)
+    check_packed_for(dtype)
 
 
 def _check_linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> None:
@@ -50,9 +51,9 @@ def _check_linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None)
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _pack_kernel(weight: Tensor, scale: Tensor) -> Tensor:
-    _check_pack(weight, scale)
-    return packing.pack(weight, scale)
+def _pack_kernel(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    _check_pack(weight, scale, dtype)
+    return packing.pack(weight, scale, dtype=dtype)
 
 
 def _unpack_kernel(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -86,9 +87,9 @@ _library.impl("linear_packed", _linear_packed_cuda, "CUDA")
 
 
 @torch.library.register_fake("mxfp8::pack", lib=_library)
-def _pack_fake(weight: Tensor, scale: Tensor) -> Tensor:
-    _check_pack(weight, scale)
-    return weight.new_empty(packed_shape(*weight.shape), dtype=PACKED_DTYPE)
+def _pack_fake(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    _check_pack(weight, scale, dtype)
+    return weight.new_empty(packed_shape(*weight.shape, dtype), dtype=PACKED_DTYPE)
 
 
 @torch.library.register_fake("mxfp8::unpack", lib=_library)
@@ -107,10 +108,10 @@ def _linear_packed_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) 
 # --- autograd, autocast; other transforms go through the canonical weight ---------------------------------------------
 
 
-def _pack_autograd(weight: Tensor, scale: Tensor) -> Tensor:
+def _pack_autograd(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     derivatives.check_frozen(weight)
     with torch._C._AutoDispatchBelowAutograd():
-        return pack(weight, scale)
+        return pack(weight, scale, dtype)
 
 
 def _unpack_autograd(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:

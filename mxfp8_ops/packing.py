@@ -1,20 +1,20 @@
 """The packed layout of a weight: its bytes and scales in the order in which tensor cores take them.
 
-One int32 tensor ``[132 * blocks + 1, 32]``. The weight is cut into blocks of 128 rows by 128 elements of K (padded
+One int32 tensor ``[132 * blocks + 1 or 2, 32]``. The weight is cut into blocks of 128 rows by 128 elements of K (padded
 with zeros under scale 127), all blocks of the first 128 rows before those of the next. The 132 rows of a block follow
 each other:
 
 - 128 rows of elements. A word holds four: of two rows r and r + 8, at two neighbouring elements of K (the second in
   the upper half), which is what a lane of a warp contributes to one matrix instruction. The four words that a lane
   needs for 16 rows by 32 elements are neighbours, so it reads 16 bytes at once. The two rows are interleaved bit by
-  bit (see ``_EXCHANGES``). From the slowest to the fastest, the bits of a word's place are k6, r6, k5, r5 r4,
-  r2 r1 r0, k2 k1, k4, k3: a quarter is 64 rows by 64 elements.
+  bit, as is best for x of bfloat16 or for x of float16 (see ``_interleave``). From the slowest to the fastest, the
+  bits of a word's place are k6, r6, k5, r5 r4, r2 r1 r0, k2 k1, k4, k3: a quarter is 64 rows by 64 elements.
 - 4 rows of scales: a word for each row of the weight with the four bytes of its 128 elements, the bits of its place
   r6, r5 r4, r2 r1 r0, r3.
 
-One more row ends the tensor. Its first word tells whether some code needs exact (slower) decoding in bfloat16, its
-second word whether in float16 (see ``_needs_exact``). Nothing else is added and nothing lost: ``unpack`` gives back
-every bit.
+One more row follows. Its first word tells whether some code needs exact (slower) decoding in bfloat16, its second word
+whether in float16 (see ``_needs_exact``). A weight that is interleaved for float16 ends with another row, of nothing:
+its length tells. Nothing else is added and nothing lost: ``unpack`` gives back every bit.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ WORDS = 32
 
 PACKED_DTYPE = torch.int32
 
+PACKED_FOR = {torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of x for which a weight can be packed, and how many rows follow its blocks. It can be multiplied by x of
+either, and more slowly by that of the other one.
+"""
+
 _CHUNK = 1 << 21
 """Elements packed at a time on a CPU. With the intermediate results, three bytes for each, they stay in its caches."""
 _DEVICE_CHUNK = 1 << 24
@@ -47,9 +52,25 @@ _GAP = 64
 CPU's cache."""
 
 
-def packed_shape(n: int, k: int) -> tuple[int, int]:
-    """The shape of the packed tensor of a weight ``[n, k]``."""
-    return _blocks(n, ROWS) * _blocks(k, COLUMNS) * BLOCK_ROWS + 1, WORDS
+def packed_shape(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+    """The shape of the packed tensor of a weight ``[n, k]``, packed for x of ``dtype``."""
+    return _blocks(n, ROWS) * _blocks(k, COLUMNS) * BLOCK_ROWS + PACKED_FOR[dtype], WORDS
+
+
+def packed_for(packed: Tensor) -> torch.dtype:
+    """For which dtype of x a weight was packed."""
+    return torch.float16 if packed.shape[0] % BLOCK_ROWS == PACKED_FOR[torch.float16] else torch.bfloat16
+
+
+def check_packed_for(dtype: torch.dtype) -> None:
+    """Raises unless a weight can be packed for x of ``dtype``."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if dtype not in PACKED_FOR:
+        raise ValueError(
+            f"a weight is packed for x of bfloat16 or float16, got dtype={dtype}: "
+            "for x of another dtype use the weight as it is"
+        )
 
 
 def check_packed(packed: Tensor, n: int, k: int) -> None:
@@ -60,33 +81,40 @@ def check_packed(packed: Tensor, n: int, k: int) -> None:
         raise ValueError(f"n must be positive, got {n}")
     if k <= 0 or k % BLOCK_SIZE:
         raise ValueError(f"K must be a positive multiple of the block size {BLOCK_SIZE}, got K={k}")
-    expected = packed_shape(n, k)
-    if tuple(packed.shape) != expected:
+    if all(tuple(packed.shape) != packed_shape(n, k, dtype) for dtype in PACKED_FOR):
+        expected = " or ".join(str(list(packed_shape(n, k, dtype))) for dtype in PACKED_FOR)
         raise ValueError(
-            f"the packed tensor of a weight [{n}, {k}] must be {list(expected)}, got {list(packed.shape)}: "
+            f"the packed tensor of a weight [{n}, {k}] must be {expected}, got {list(packed.shape)}: "
             "is it the result of mxfp8_ops.pack for this n and this K?"
         )
 
 
-def pack(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """``weight [N, K]`` and ``scale [N, K/32]``, checked already, as one packed tensor; in ``out`` if there is one."""
+def pack(weight: Tensor, scale: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``weight [N, K]`` and ``scale [N, K/32]``, checked already, as one packed tensor for x of ``dtype``, in ``out``
+    if there is one.
+    """
     n, k = weight.shape
-    packed = torch.empty(packed_shape(n, k), dtype=PACKED_DTYPE, device=weight.device) if out is None else out
-    packed[-1] = 0
-    exact = packed[-1, :2]
+    shape = packed_shape(n, k, dtype)
+    packed = torch.empty(shape, dtype=PACKED_DTYPE, device=weight.device) if out is None else out
+    packed[-PACKED_FOR[dtype] :] = 0
+    exact = _marks(packed)
     for part, rows, columns, groups in _parts(packed, k):
         elements = _padded(weight.view(torch.uint8)[rows, columns], part, COLUMNS, 0)
         scales = _padded(scale.view(torch.uint8)[rows, groups], part, COLUMNS // BLOCK_SIZE, SCALE_BIAS)
         exact |= _needs_exact(elements, scales)
-        _pack_elements(elements, part)
+        _pack_elements(elements, part, dtype)
         _pack_scales(scales, part)
     return packed
 
 
 def exact_marks(packed: Tensor) -> tuple[bool, bool]:
     """Whether some code of a packed weight needs exact decoding, in bfloat16 and in float16. Waits for its device."""
-    bfloat16, float16 = packed[-1, :2].tolist()
+    bfloat16, float16 = _marks(packed).tolist()
     return bool(bfloat16), bool(float16)
+
+
+def _marks(packed: Tensor) -> Tensor:
+    return packed[-PACKED_FOR[packed_for(packed)], :2]
 
 
 def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +122,7 @@ def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     weight = torch.empty(n, k, dtype=torch.uint8, device=packed.device)
     scale = torch.empty(n, k // BLOCK_SIZE, dtype=SCALE_DTYPE, device=packed.device)
     for part, rows, columns, groups in _parts(packed, k):
-        _store(_unpack_elements(part), weight[rows, columns])
+        _store(_unpack_elements(part, packed_for(packed)), weight[rows, columns])
         _store(_unpack_scales(part), scale[rows, groups])
     return weight.view(ELEMENT_DTYPE), scale
 
@@ -102,7 +130,7 @@ def unpack(packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
 def _parts(packed: Tensor, k: int) -> Iterator[tuple[Tensor, slice, slice, slice]]:
     """Some blocks ``[down, across, 132, 32]`` at a time, with their rows and columns of the weight and of the scale."""
     across = _blocks(k, COLUMNS)
-    blocks = packed[:-1].view(-1, across, BLOCK_ROWS, WORDS)
+    blocks = packed[: -PACKED_FOR[packed_for(packed)]].view(-1, across, BLOCK_ROWS, WORDS)
     count = max(1, (_CHUNK if packed.is_cpu else _DEVICE_CHUNK) // (ROWS * COLUMNS))
     high, wide = max(1, count // across), min(count, across)
     for down, right in itertools.product(range(0, len(blocks), high), range(0, across, wide)):
@@ -116,26 +144,49 @@ def _parts(packed: Tensor, k: int) -> Iterator[tuple[Tensor, slice, slice, slice
 #
 # First, elements are sorted: the eight neighbours of k210 move together, in an int64, to k43, r3, block, k6, r6, k5,
 # r54, r210. But for k43 this is the order of the packed tensor, so that what follows goes through memory in long runs.
-# Then the two halves along r3 exchange bits with each other, until r3, k1, k0 and the bits of the codes are in place
-# within int32 (k2 is, from the start). These words go where they belong.
+# Then the two halves along r3 are interleaved, until r3, k1, k0 and the bits of the codes are in place within int32 (k2
+# is, from the start). These words go where they belong.
 
-_EXCHANGES = ((0, 0x70707070), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF))
-"""Shift and mask of the exchanges (see ``_exchange``) between four codes of row r in an int32, ``one``, and the four of
-row r + 8, ``other``.
 
-They interleave a code a7..a0 of row r and b7..b0 of row r + 8 in 16 bits, so that each becomes a bfloat16 in few
-operations: a lies where a bfloat16 of 2**-120 times its value has sign, exponent and mantissa (bits 15 and 10..4), and
-b comes to lie there too when its low four bits move up by 4 and its upper bits: the sign by 4, the rest down by 4.
+def _interleave(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
+    """Makes two words of four codes of row r, an int32 of ``one``, and the four of row r + 8, of ``other``: one of the
+    elements 3 and 2, the other of 1 and 0. In place.
 
-    shift  one                             other
-           a7 a6 a5 a4 a3 a2 a1 a0         b7 b6 b5 b4 b3 b2 b1 b0
-    0      a7 b6 b5 b4 a3 a2 a1 a0         b7 a6 a5 a4 b3 b2 b1 b0
-    4      a7 b6 b5 b4 b7 a6 a5 a4         a3 a2 a1 a0 b3 b2 b1 b0         upper bytes, lower bytes
-    8      16 bits of elements 3 and 1     16 bits of elements 2 and 0
-    16     the word of elements 3 and 2    the word of elements 1 and 0
+    A code a7..a0 of row r and b7..b0 of row r + 8 share 16 bits so that each becomes a value of ``dtype`` in few
+    operations. a lies already where a bfloat16 of 2**-120 times its value has sign, exponent and mantissa (bits 15 and
+    10..4), or a float16 of 2**-8 times its value (bits 15 and 13..7). b comes to lie there when its parts move: for
+    bfloat16 the low four bits and the sign up by 4, the others down by 4; for float16 the sign up by 1, the rest by 7.
 
-An exchange undoes itself: in reverse order, they separate the codes again.
-"""
+    bfloat16:  one                             other
+               a7 a6 a5 a4 a3 a2 a1 a0         b7 b6 b5 b4 b3 b2 b1 b0
+               a7 b6 b5 b4 a3 a2 a1 a0         b7 a6 a5 a4 b3 b2 b1 b0
+               a7 b6 b5 b4 b7 a6 a5 a4         a3 a2 a1 a0 b3 b2 b1 b0         upper bytes, lower bytes
+    float16:   a7 a6 a5 a4 a3 a2 a1 b7         a0 b6 b5 b4 b3 b2 b1 b0
+               a7 b7 a6 a5 a4 a3 a2 a1         a0 b6 b5 b4 b3 b2 b1 b0         upper bytes, lower bytes
+    """
+    if dtype == torch.bfloat16:
+        _exchange(one, other, 0, 0x70707070)
+        _exchange(one, other, 4, 0x0F0F0F0F)
+    else:
+        _exchange(one, other, 7, 0x01010101)
+        one.copy_((one & _SIGNS) | ((one & 0x7E7E7E7E) >> 1) | ((one & 0x01010101) << 6))
+    _exchange(one, other, 8, 0x00FF00FF)  # 16 bits of elements 3 and 1, of elements 2 and 0
+    _exchange(one, other, 16, 0x0000FFFF)
+
+
+def _separate(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
+    """The reverse: an exchange undoes itself."""
+    _exchange(one, other, 16, 0x0000FFFF)
+    _exchange(one, other, 8, 0x00FF00FF)
+    if dtype == torch.bfloat16:
+        _exchange(one, other, 4, 0x0F0F0F0F)
+        _exchange(one, other, 0, 0x70707070)
+    else:
+        one.copy_((one & _SIGNS) | ((one & 0x3F3F3F3F) << 1) | ((one >> 6) & 0x01010101))
+        _exchange(one, other, 7, 0x01010101)
+
+
+_SIGNS = 0x80808080 - 2**32  # as an int32
 
 
 def _exchange(one: Tensor, other: Tensor, shift: int, mask: int) -> None:
@@ -148,23 +199,21 @@ def _exchange(one: Tensor, other: Tensor, shift: int, mask: int) -> None:
     other ^= difference
 
 
-def _pack_elements(elements: Tensor, part: Tensor) -> None:
+def _pack_elements(elements: Tensor, part: Tensor, dtype: torch.dtype) -> None:
     one, other, moves = _halves(_by_place(elements).contiguous(), part)
-    for shift, mask in _EXCHANGES:
-        _exchange(one, other, shift, mask)
+    _interleave(one, other, dtype)
     for half, words in moves:
         words.copy_(half)
 
 
-def _unpack_elements(part: Tensor) -> Tensor:
+def _unpack_elements(part: Tensor, dtype: torch.dtype) -> Tensor:
     elements = _rows(part, COLUMNS)
     unsorted = _by_place(elements)
     in_order = torch.empty(unsorted.shape, dtype=unsorted.dtype, device=part.device)
     one, other, moves = _halves(in_order, part)
     for half, words in moves:
         half.copy_(words)
-    for shift, mask in reversed(_EXCHANGES):
-        _exchange(one, other, shift, mask)
+    _separate(one, other, dtype)
     for k5 in range(2):  # in one copy the runs would be short: of both k5, with all of k6 and the blocks far away
         unsorted.select(6, k5).copy_(in_order.select(6, k5))
     return elements

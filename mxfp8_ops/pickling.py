@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import functional
 from .format import ELEMENT_DTYPE
+from .packing import packed_for
 
 
 class PickledWeight:
@@ -55,7 +56,7 @@ class PickledPacked(PickledWeight):
 
     def __reduce__(self) -> tuple[Any, ...]:
         weight, scale = functional.unpack(self.parameter().detach(), self.n, self.k)
-        return _unpickle_packed, (weight.view(torch.uint8), scale)
+        return _unpickle_packed, (weight.view(torch.uint8), scale, packed_for(self.parameter()))
 
 
 _pickled = WeakIdKeyDictionary()
@@ -65,5 +66,5 @@ def _unpickle_weight(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data.view(ELEMENT_DTYPE), requires_grad=False)
 
 
-def _unpickle_packed(data: Tensor, scale: Tensor) -> nn.Parameter:
-    return nn.Parameter(functional.pack(data.view(ELEMENT_DTYPE), scale), requires_grad=False)
+def _unpickle_packed(data: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> nn.Parameter:
+    return nn.Parameter(functional.pack(data.view(ELEMENT_DTYPE), scale, dtype), requires_grad=False)

@@ -108,14 +108,14 @@ def launches(
         patch.setattr(hopper, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
         x, out = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
         offset = torch.empty(n, dtype=dtype) if bias else None
-        hopper._run(plan, x, source_of(n, k, packed), offset, out)
+        hopper._run(plan, x, source_of(n, k, packed, dtype), offset, out)
     return recorded
 
 
-def source_of(n: int, k: int, packed: bool) -> Tensor | hopper.Canonical:
-    """A weight ``[n, k]`` as ``hopper`` takes it, on the current device."""
+def source_of(n: int, k: int, packed: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor | hopper.Canonical:
+    """A weight ``[n, k]`` as ``hopper`` takes it, packed for x of ``dtype``, on the current device."""
     if packed:
-        return torch.empty(packing.packed_shape(n, k), dtype=torch.int32)
+        return torch.empty(packing.packed_shape(n, k, dtype), dtype=torch.int32)
     return hopper.Canonical(torch.empty(n, k // 4, dtype=torch.int32), torch.empty(n, k // 128, dtype=torch.int32))
 
 

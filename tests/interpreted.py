@@ -37,8 +37,10 @@ def dequant_packed() -> None:
     ends = torch.randint(0, 127, (33, 288), dtype=torch.uint8), torch.randint(124, 134, (33, 9), dtype=torch.uint8)
     for (weight, scale), dtype in ((every, torch.float32), (ends, torch.bfloat16), (ends, torch.float16)):
         weight = weight.view(torch.float8_e4m3fn)
-        actual = elementwise.dequant_packed(packing.pack(weight, scale), *weight.shape, dtype)
-        assert_same(actual, expected_from_float64(weight, scale, dtype))
+        for packed_for in packing.PACKED_FOR:
+            packed = packing.pack(weight, scale, dtype=packed_for)
+            actual = elementwise.dequant_packed(packed, *weight.shape, dtype)
+            assert_same(actual, expected_from_float64(weight, scale, dtype))
 
 
 def quantize() -> None:

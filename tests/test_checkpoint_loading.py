@@ -259,7 +259,7 @@ def test_a_model_that_has_tensors_already_gets_new_ones_and_keeps_mode_gradient_
     model.dense = Mxfp8Linear(64, 32)
     load_into(model, open_checkpoint(write(tmp_path / "checkpoint", "modelopt", content)))
     assert not model.kept.training
-    assert model.packed.extra_repr().endswith("packed=True")
+    assert model.packed.extra_repr().endswith("packed=bfloat16")
     assert_same(model.packed.quantized()[0], content.layers["packed"].weight)
     assert type(model.dense) is nn.Linear
     assert_same(model.dense.weight, content.plain["dense.weight"])

@@ -93,7 +93,7 @@ def directly(
     out = torch.full((m, n), torch.nan, dtype=x.dtype)
     pointers = (x.contiguous().view(torch.int32), packed, x if bias is None else bias, out)
     ragged = k % (128 * plan.warps * plan.blocks) != 0
-    constants = (*plan.constants, ragged, bias is not None)
+    constants = (*plan.constants, ragged, packing.packed_for(packed) == torch.float16, bias is not None)
     for program in range(plan.programs(n)):
         gluon.program_id = lambda _, program=program: program
         direct.kernel(*map(Pointer, pointers), m, n, k, *constants)
@@ -106,7 +106,7 @@ def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
 ) -> None:
     for m, n, k in ((1, 1, 32), (2, 7, 96), (3, 33, 288), (8, 130, 1056), (5, 17, 4128), (4, 40, 2048)):
         x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
-        packed = packing.pack(weight, scale)
+        packed = packing.pack(weight, scale, dtype=dtype)
         rows = 4 if m <= 4 else 8
         for plan, offset in ((plans.Direct(rows, 1, 4, 2), bias), (plans.Direct(rows, 2, 8, 1), None)):
             actual = directly(simulated, x, packed, n, offset, plan)
@@ -114,13 +114,16 @@ def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
 
 
 @DTYPE
+@pytest.mark.parametrize("packed_for", packing.PACKED_FOR)
 @pytest.mark.parametrize("special", [False, True], ids=["fast", "exact"])
-def test_direct_decodes_every_element(simulated: SimpleNamespace, dtype: torch.dtype, special: bool) -> None:
+def test_direct_decodes_every_element(
+    simulated: SimpleNamespace, dtype: torch.dtype, special: bool, packed_for: torch.dtype
+) -> None:
     """Under scales where something changes, and some in between. Of four warps two have nothing to do."""
     smallest = 0 if dtype == torch.bfloat16 else 95
     scales = (0, 1, 2, 135, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
     weight, scale = one_code_a_row(scales, 160, nan=special)
-    packed = packing.pack(weight, scale)
-    assert bool(packed[-1, DTYPES.index(dtype)]) == special
+    packed = packing.pack(weight, scale, dtype=packed_for)
+    assert packing.exact_marks(packed)[DTYPES.index(dtype)] == special
     actual = directly(simulated, torch.ones(1, 160, dtype=dtype), packed, len(weight), None, plans.Direct(4, 1, 4, 2))
     assert_same(actual[0], what_codes_mean(weight, scale, dtype))

@@ -40,13 +40,16 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return simulate(monkeypatch)
 
 
+@pytest.mark.parametrize("packed_for", packing.PACKED_FOR)
 @pytest.mark.parametrize("rows", [64, 128])
-def test_a_lane_reads_its_registers_of_the_matrix_instruction_16_bytes_at_a_time(rows: int) -> None:
+def test_a_lane_reads_its_registers_of_the_matrix_instruction_16_bytes_at_a_time(
+    rows: int, packed_for: torch.dtype
+) -> None:
     """The instruction takes operand A of 16 elements of K in four registers of each lane. As the PTX ISA has it, lane
     l of warp w holds rows 16 * w + l / 4 and that + 8, elements 2 * (l % 4) and the next, and both + 8.
     """
     weight, scale = fast_weight(128, 128, torch.bfloat16)
-    block = packing.pack(weight, scale)[:128]
+    block = packing.pack(weight, scale, dtype=packed_for)[:128]
     codes = weight.view(torch.uint8)
     for first_row in range(0, 128, rows):
         for half in range(2):
@@ -62,19 +65,19 @@ def test_a_lane_reads_its_registers_of_the_matrix_instruction_16_bytes_at_a_time
                     assert min(read) % 4 == 0
                     for k4 in range(2):
                         for k3 in range(2):
-                            one, other = separated(words[read[2 * k3 + k4]])
+                            one, other = separated(words[read[2 * k3 + k4]], packed_for)
                             k = element + 32 * k5 + 16 * k4 + 8 * k3
                             assert one == codes[row, k : k + 2].tolist()
                             assert other == codes[row + 8, k : k + 2].tolist()
 
 
-def separated(word: int) -> tuple[list[int], list[int]]:
+def separated(word: int, packed_for: torch.dtype) -> tuple[list[int], list[int]]:
     """The codes of two neighbours in row r, and in row r + 8: the bits that the kernel makes a bfloat16's, or a
     float16's.
     """
-    found = []
+    found, for_float16 = [], packed_for == torch.float16
     for dtype, shift, others in ((gl.bfloat16, 4, 0x780F780F), (gl.float16, 7, 0x407F407F)):
-        bits = [int(value) & 0xFFFFFFFF for value in fragments.separate.fn(_Word(word), dtype, False)]
+        bits = [int(value) & 0xFFFFFFFF for value in fragments.separate.fn(_Word(word), dtype, for_float16, False)]
         assert all(pair & others == 0 for pair in bits)
         found.append(
             [[half >> 8 & 0x80 | half >> shift & 0x7F for half in (pair & 0xFFFF, pair >> 16)] for pair in bits]
@@ -112,19 +115,22 @@ def test_eight_lanes_that_read_together_find_their_words_in_different_banks(rows
 
 @DTYPE
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("packed_for", packing.PACKED_FOR)
 @pytest.mark.parametrize("rows", [64, 128])
 def test_a_fragment_is_the_dequantized_tile(
-    simulated: SimpleNamespace, dtype: torch.dtype, exact: bool, rows: int
+    simulated: SimpleNamespace, dtype: torch.dtype, exact: bool, rows: int, packed_for: torch.dtype
 ) -> None:
     weight, scale = special_weight(128, 128) if exact else fast_weight(128, 128, dtype)
     expected = reference.dequant(weight, scale, dtype)
-    block = packing.pack(weight, scale)
+    block = packing.pack(weight, scale, dtype=packed_for)
     for first in range(0, 128, rows):
         scales = Shared(block[128 + first // 32 : 128 + (first + rows) // 32].flatten().tolist())
         for half in range(2):
             start = half * 64 + first // 2
             words = Shared(moved_by_tma(block[start : start + rows // 2]))
-            actual = fragments.weight_fragment(words, scales, half, rows, None, dtype, exact)
+            actual = fragments.weight_fragment(
+                words, scales, half, rows, None, dtype, packed_for == torch.float16, exact
+            )
             assert_same(actual.as_subclass(Tensor), expected[first : first + rows, half * 64 : half * 64 + 64])
 
 

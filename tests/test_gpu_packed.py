@@ -43,6 +43,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16", "float32"])
 SHORT = pytest.mark.parametrize("dtype", DTYPES[:2], ids=["bfloat16", "float16"])
 FORM = pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])
+EACH_FORM = pytest.mark.parametrize(
+    "packed_for", [*packing.PACKED_FOR, None], ids=["for bfloat16", "for float16", "canonical"]
+)
 EACH_KERNEL = (1, 3, 8, 16, 64, 128, 256)
 """Rows of x that between them meet all kernels."""
 M = (0, 1, 2, 5, 8, 9, 17, 33, 64, 65, 129, 200, 257, 300, 513)
@@ -60,12 +63,13 @@ def on_device(*tensors: Tensor) -> Iterator[Tensor]:
     return (tensor.cuda() for tensor in tensors)
 
 
-def packed_on_device(weight: Tensor, scale: Tensor) -> Tensor:
-    return mxfp8_ops.pack(*on_device(weight, scale))
+def packed_on_device(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """For x of ``dtype``; that of float32, for which a weight cannot be packed, makes do with any other."""
+    return mxfp8_ops.pack(*on_device(weight, scale), dtype if dtype in packing.PACKED_FOR else torch.float16)
 
 
-def put(weight: Tensor, scale: Tensor, packed: bool) -> OnChip:
-    return packed_on_device(weight, scale) if packed else (weight.cuda(), scale.cuda())
+def put(weight: Tensor, scale: Tensor, packed: bool, dtype: torch.dtype) -> OnChip:
+    return packed_on_device(weight, scale, dtype) if packed else (weight.cuda(), scale.cuda())
 
 
 def linear(x: Tensor, on_chip: OnChip, n: int, bias: Tensor | None = None) -> Tensor:
@@ -106,20 +110,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # --- every code -----------------------------------------------------------------------------------------------------
 
 
-@FORM
+@EACH_FORM
 @DTYPE
 @pytest.mark.parametrize("m", EACH_KERNEL)
-def test_every_element_under_every_scale_is_exact(dtype: torch.dtype, m: int, packed: bool) -> None:
+def test_every_element_under_every_scale_is_exact(dtype: torch.dtype, m: int, packed_for: torch.dtype | None) -> None:
     weight, scale = one_code_a_row(range(256), 256)
     x = torch.ones(m, 256, dtype=dtype, device="cuda")
-    actual = linear(x, put(weight, scale, packed), len(weight))
+    actual = linear(x, put(weight, scale, packed_for is not None, packed_for or dtype), len(weight))
     expected = what_codes_mean(weight, scale, dtype)
     assert_same(actual.cpu(), expected.expand(m, -1))
 
 
+@pytest.mark.parametrize("packed_for", packing.PACKED_FOR)
 @SHORT
 @pytest.mark.parametrize("m", EACH_KERNEL)
-def test_every_element_under_every_scale_that_is_decoded_fast_is_exact(dtype: torch.dtype, m: int) -> None:
+def test_every_element_under_every_scale_that_is_decoded_fast_is_exact(
+    dtype: torch.dtype, m: int, packed_for: torch.dtype
+) -> None:
     scales = range(135) if dtype == torch.bfloat16 else range(95, 135)
     weight, scale = one_code_a_row(scales, 288, nan=False)
     if dtype == torch.float16:  # under smaller scales elements that are zero are decoded fast too
@@ -127,8 +134,8 @@ def test_every_element_under_every_scale_that_is_decoded_fast_is_exact(dtype: to
         weight = torch.cat([weight.view(torch.uint8), zeros]).view(weight.dtype)
         scale = torch.cat([scale, torch.arange(95, dtype=torch.uint8).repeat_interleave(2)[:, None].repeat(1, 9)])
     weight, scale = in_sixteens(weight, scale)
-    on_chip = packed_on_device(weight, scale)
-    assert not on_chip[-1, DTYPES.index(dtype)]
+    on_chip = packed_on_device(weight, scale, packed_for)
+    assert not packing.exact_marks(on_chip)[DTYPES.index(dtype)]
     actual = mxfp8_ops.linear_packed(torch.ones(m, 288, dtype=dtype, device="cuda"), on_chip, len(weight))
     assert_same(actual.cpu(), what_codes_mean(weight, scale, dtype).expand(m, -1))
 
@@ -142,7 +149,7 @@ def test_every_code_meets_the_column_of_x_that_is_its_own(dtype: torch.dtype, m:
     weight.view(torch.uint8)[weight.isnan()] = 0
     expected = expected_from_float64(weight, scale, dtype).T
     spoilt = expected.isinf().any(0) | expected.isnan().any(0)  # infinity times zero: such an output is NaN, or it
-    eye, on_chip = torch.eye(256, dtype=dtype, device="cuda"), put(weight, scale, packed)
+    eye, on_chip = torch.eye(256, dtype=dtype, device="cuda"), put(weight, scale, packed, dtype)
     actual = torch.cat([linear(x, on_chip, 256) for x in eye.split(m)]).cpu()
     assert_same(actual[:, ~spoilt], (expected[:, ~spoilt].double() + 0.0).to(dtype))  # a sum is never -0
     assert actual[:, spoilt].isnan().any(0).all()
@@ -152,8 +159,8 @@ def test_every_code_meets_the_column_of_x_that_is_its_own(dtype: torch.dtype, m:
 @DTYPE
 def test_unpack_on_the_device_gives_back_every_bit(dtype: torch.dtype) -> None:
     for weight, scale in (all_codes(), exact_linear_inputs(1, 257, 1056, dtype)[1:3]):
-        on_chip = packed_on_device(weight, scale)
-        assert_same(on_chip.cpu(), mxfp8_ops.pack(weight, scale))
+        on_chip = packed_on_device(weight, scale, dtype)
+        assert_same(on_chip.cpu(), mxfp8_ops.pack(weight, scale, packing.packed_for(on_chip)))
         for actual, expected in zip(mxfp8_ops.unpack(on_chip, *weight.shape), (weight, scale), strict=True):
             assert_same(actual.cpu(), expected)
 
@@ -168,7 +175,7 @@ def test_linear_is_exact_for_any_rows_strides_and_addresses(dtype: torch.dtype, 
         x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
         expected = reference.linear(x, weight, scale, bias)
         without_bias = reference.linear(x, weight, scale)
-        on_chip = put(weight, scale, packed)
+        on_chip = put(weight, scale, packed, dtype)
         x, bias = on_device(x, bias)
         assert_same(linear(x, on_chip, n, bias).cpu(), expected)
         if n in (300, 1024):
@@ -185,7 +192,7 @@ def test_linear_is_exact_for_any_rows_strides_and_addresses(dtype: torch.dtype, 
 def test_any_leading_dimensions(dtype: torch.dtype, packed: bool) -> None:
     x, weight, scale, bias = exact_linear_inputs(24, 33, 384, dtype)
     expected = reference.linear(x, weight, scale, bias)
-    on_chip, x, bias = put(weight, scale, packed), *on_device(x, bias)
+    on_chip, x, bias = put(weight, scale, packed, dtype), *on_device(x, bias)
     for shape in ((24,), (2, 12), (2, 1, 3, 4)):
         actual = linear(x.view(*shape, 384), on_chip, 33, bias)
         assert_same(actual.cpu(), expected.view(*shape, 33))
@@ -201,7 +208,7 @@ def test_any_leading_dimensions(dtype: torch.dtype, packed: bool) -> None:
 def test_bias_and_weight_may_lie_anywhere(dtype: torch.dtype, m: int, packed: bool) -> None:
     x, weight, scale, bias = exact_linear_inputs(m, 300, 384, dtype)
     expected = reference.linear(x, weight, scale, bias)
-    on_chip, x, bias = put(weight, scale, packed), *on_device(x, bias)
+    on_chip, x, bias = put(weight, scale, packed, dtype), *on_device(x, bias)
     strided = torch.stack([bias, bias + 1], -1)[:, 0]
     shifted = torch.cat([bias[:1], bias])[1:]
     for each in (strided, shifted):
@@ -227,7 +234,7 @@ def test_float32_and_the_switch_do_without_the_kernels(
     for m in EACH_KERNEL:
         for dtype in DTYPES:
             x, weight, scale, bias = exact_linear_inputs(m, 300, 1024, dtype)
-            on_chip, (x, bias) = put(weight, scale, packed), on_device(x, bias)
+            on_chip, (x, bias) = put(weight, scale, packed, dtype), on_device(x, bias)
             with monkeypatch.context() as patch:
                 expected = linear(x, on_chip, 300, bias)
                 used = len(calls)
@@ -246,7 +253,7 @@ def test_canonical_weights_of_other_lengths_and_for_many_rows_do_without_the_ker
     for m, k, used in ((16, 384, True), (3072, 128, True), (3073, 128, False), (16, 96, False), (200, 4128, False)):
         x, weight, scale, bias = exact_linear_inputs(m, 300, k, torch.bfloat16)
         calls.clear()
-        actual = linear(x.cuda(), put(weight, scale, False), 300, bias.cuda())
+        actual = linear(x.cuda(), put(weight, scale, False, torch.bfloat16), 300, bias.cuda())
         assert_same(actual.cpu(), reference.linear(x, weight, scale, bias))
         assert calls == ([m] if used else [])
 
@@ -293,7 +300,7 @@ def problem(m: int, n: int, k: int, dtype: torch.dtype, packed: bool) -> tuple[T
     x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
     exact = x.double() @ float64_values(weight, scale).T + bias.double()
     longer = torch.cat([x, torch.full((256, k), torch.nan, dtype=dtype)]).cuda()
-    return longer[:m], put(weight, scale, packed), bias.cuda(), round_once(exact, dtype).cuda()
+    return longer[:m], put(weight, scale, packed, dtype), bias.cuda(), round_once(exact, dtype).cuda()
 
 
 def processors() -> int:
@@ -354,7 +361,7 @@ def test_every_plan_decodes_special_codes(m: int, dtype: torch.dtype, packed: bo
     weight, scale = one_code_a_row((0, 1, 94, 127, 134, 135, 200, 254, 255), 1024)
     weight, scale = weight[:-1], scale[:-1]
     n, x = len(weight), torch.ones(m, 1024, dtype=dtype, device="cuda")
-    on_chip, bias = put(weight, scale, packed), torch.zeros(n, dtype=dtype, device="cuda")
+    on_chip, bias = put(weight, scale, packed, dtype), torch.zeros(n, dtype=dtype, device="cuda")
     expected = what_codes_mean(weight, scale, dtype).cuda().expand(m, -1)
     for plan in all_plans(m, n, 1024, packed):
         assert_same(run_guarded(plan, x, on_chip, bias, n), expected)
@@ -367,7 +374,7 @@ def test_two_runs_have_equal_bits_and_the_error_of_one_rounding(m: int, dtype: t
     weight, scale = mxfp8_ops.quantize(torch.randn(1024, 4096))
     x = torch.randn(m, 4096).to(dtype)
     exact = x.double() @ reference.dequant(weight, scale, torch.float32).double().T
-    on_chip, x = put(weight, scale, packed), x.cuda()
+    on_chip, x = put(weight, scale, packed, dtype), x.cuda()
     first, second = (linear(x, on_chip, 1024) for _ in range(2))
     assert_same(first, second)
     error = (first.cpu().double() - exact).norm() / exact.norm()
@@ -384,7 +391,7 @@ def test_a_nan_contaminates_its_row_alone(m: int, packed: bool, k: int, dtype: t
         changed[row, column] = 0x7F
         expected = reference.linear(x, weight, scale, bias)
         expected[:, row] = torch.nan
-        on_chip = put(changed.view(weight.dtype), scale, packed)
+        on_chip = put(changed.view(weight.dtype), scale, packed, dtype)
         assert_same(linear(x.cuda(), on_chip, 300, bias.cuda()).cpu(), expected)
 
 
@@ -397,7 +404,7 @@ def test_infinities_of_x_stay_in_their_rows(m: int, dtype: torch.dtype, packed: 
     expected = reference.linear(x, weight, scale, bias)
     x[m - 1, 383] = torch.inf
     expected[m - 1] = (weight[:, 383].float().sign() * torch.inf).to(dtype)
-    on_chip, x, bias = put(weight, scale, packed), *on_device(x, bias)
+    on_chip, x, bias = put(weight, scale, packed, dtype), *on_device(x, bias)
     actual = linear(x, on_chip, 300, bias).cpu()
     assert_same(actual[m - 1], expected[m - 1])
     assert actual[: m - 1].isfinite().all()
@@ -419,7 +426,7 @@ def captured(x: Tensor, on_chip: OnChip, n: int, bias: Tensor | None) -> tuple[t
 @pytest.mark.parametrize("m", EACH_KERNEL)
 def test_a_captured_graph_sees_x_and_weight_as_they_are(m: int, dtype: torch.dtype, packed: bool) -> None:
     x, weight, scale, bias = exact_linear_inputs(m, 300, 1024, dtype)
-    on_chip, place, offset = put(weight, scale, packed), *on_device(x, bias)
+    on_chip, place, offset = put(weight, scale, packed, dtype), *on_device(x, bias)
     graph, out = captured(place, on_chip, 300, offset)
     for seed in range(3):
         other = weight.view(torch.uint8).roll(seed, 0).view(weight.dtype)
@@ -439,7 +446,7 @@ def test_a_weight_that_becomes_special_in_place_is_decoded_exactly_at_once(m: in
     weight, scale = one_code_a_row(range(98, 130), 160, nan=False)
     special, large = one_code_a_row(range(224, 256), 160, nan=False)
     special.view(torch.uint8)[-1, 3] = 0x7F
-    on_chip, x = packed_on_device(weight, scale), torch.ones(m, 160, dtype=dtype, device="cuda")
+    on_chip, x = packed_on_device(weight, scale, dtype), torch.ones(m, 160, dtype=dtype, device="cuda")
     graph, out = captured(x, on_chip, len(weight), None)
     for codes in ((special, large), (weight, scale), (special, large)):
         expected = what_codes_mean(*codes, dtype).expand(m, -1)
@@ -455,7 +462,7 @@ def test_a_weight_that_becomes_special_in_place_is_decoded_exactly_at_once(m: in
 def test_two_streams_at_once_do_not_disturb_each_other(m: int, dtype: torch.dtype, packed: bool) -> None:
     problems = [exact_linear_inputs(m, n, 4096, dtype) for n in (1000, 1001)]
     expected = [reference.linear(*each).cuda() for each in problems]
-    inputs = [(x.cuda(), put(w, s, packed), len(w), b.cuda()) for x, w, s, b in problems]
+    inputs = [(x.cuda(), put(w, s, packed, dtype), len(w), b.cuda()) for x, w, s, b in problems]
     for each in inputs:
         linear(*each)  # compiles
     streams = [torch.cuda.Stream() for _ in inputs]

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import mxfp8_ops
 from mxfp8_ops import Mxfp8Linear, functional, pack_
+from mxfp8_ops.packing import packed_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,9 +108,44 @@ def test_packing_twice_and_unpacking_twice_change_nothing_more() -> None:
     assert module.weight is weight
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_is_packed_for_x_of_its_bias_s_dtype_unless_told(dtype: torch.dtype) -> None:
+    for module in (small(True, dtype), nn.Sequential(small(True, dtype))):
+        (layer,) = (each for each in module.modules() if isinstance(each, Mxfp8Linear))
+        own = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        for asked, expected in ((None, own), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)):
+            layer.unpack_()
+            layer.pack_(asked) if module is layer else pack_(module, asked)
+            assert packed_for(layer.weight_packed) == expected
+    assert packed_for(small(False, dtype).pack_().weight_packed) == torch.bfloat16
+
+
+def test_what_a_layer_is_packed_for_stays_until_it_is_packed_for_another_dtype() -> None:
+    module = every_code().pack_(torch.float16)
+    expected = module.weight_packed.clone()
+    module.load_state_dict(every_code().state_dict())
+    module.half().bfloat16()
+    loaded = pickle.loads(pickle.dumps(module)), saved_and_loaded(module, False)
+    for each in (module.pack_(), copy.deepcopy(module), *loaded):
+        assert packed_for(each.weight_packed) == torch.float16
+        assert_same(each.weight_packed, expected)
+    assert module.pack_(torch.bfloat16) is module
+    assert packed_for(module.weight_packed) == torch.bfloat16
+    assert_every_code_packed(module)
+
+
+def test_a_dtype_that_no_weight_is_packed_for_is_refused_and_the_layer_left() -> None:
+    for module in (small(), small().pack_(torch.float16)):
+        before = dict(module.named_parameters())
+        for wrong, error in ((torch.float32, ValueError), ("float16", TypeError)):
+            with pytest.raises(error, match="dtype"):
+                module.pack_(wrong)
+            assert all(module.get_parameter(name) is each for name, each in before.items())
+
+
 def test_the_text_tells_that_a_layer_is_packed() -> None:
     module = small().pack_()
-    assert repr(module) == "Mxfp8Linear(in_features=96, out_features=7, bias=True, packed=True)"
+    assert repr(module) == "Mxfp8Linear(in_features=96, out_features=7, bias=True, packed=bfloat16)"
     assert repr(module.unpack_()) == "Mxfp8Linear(in_features=96, out_features=7, bias=True)"
 
 
@@ -377,7 +413,7 @@ def test_pickles_hold_the_canonical_weight_whatever_the_layout(
 ) -> None:
     data = dump(every_code().pack_())
     pack, packed = functional.pack, []
-    monkeypatch.setattr(functional, "pack", lambda *pair: packed.append(pair) or pack(*pair))
+    monkeypatch.setattr(functional, "pack", lambda w, s, dtype: packed.append((w, s)) or pack(w, s, dtype))
     module = pickle.loads(data) if dump is pickle.dumps else torch.load(io.BytesIO(data), weights_only=False)
     assert_every_code_packed(module)
     ((weight, scale),) = packed

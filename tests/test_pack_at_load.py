@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same
-from models import Chain, folding, layer, rows
+from models import Chain, entries_of, folding, layer, rows
 from torch import Tensor, nn
 
 import lowering
@@ -30,9 +30,9 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
     pack = packing.pack
 
-    def counted(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    def counted(weight: Tensor, scale: Tensor, *args: Any) -> Tensor:
         found.append(weight)
-        return pack(weight, scale, out)
+        return pack(weight, scale, *args)
 
     monkeypatch.setattr(packing, "pack", counted)
     yield found
@@ -41,7 +41,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 def packed_value(model: Mxfp8Linear) -> Tensor:
     tensors = model.weight, model.weight_scale
-    value = store.entry(tensors, (lambda t: t, lambda t: t), "|", Packed()).value
+    value = store.entry(tensors, (lambda t: t, lambda t: t), "|", Packed(torch.bfloat16)).value
     assert value is not None
     return value
 
@@ -110,6 +110,21 @@ def test_a_weight_is_packed_once_for_all_graphs_and_recompiles(packings: list[Te
     assert len(packings) == 1
 
 
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float16])
+def test_a_weight_is_packed_for_the_first_dtype_of_x_and_serves_the_other(
+    first: torch.dtype, packings: list[Tensor]
+) -> None:
+    model = layer(bias=False)
+    compiled = torch.compile(model, backend=folding(**PACK), fullgraph=True)
+    with torch.no_grad(), report.collect() as graphs:
+        for dtype in (first, torch.bfloat16, torch.float16):
+            assert_same(compiled(rows(dtype=dtype)), model(rows(dtype=dtype)))
+    assert len(graphs) == 2
+    assert len(packings) == 1
+    (entry,) = entries_of(model)
+    assert packing.packed_for(entry.value) == first
+
+
 def test_layers_that_share_a_graph_have_their_own_packed_weights(packings: list[Tensor]) -> None:
     layers = [layer(64, 64, seed=seed, bias=False) for seed in (3, 4, 5)]
     compiled = [torch.compile(each, backend=folding(**PACK), fullgraph=True) for each in layers]
@@ -154,7 +169,7 @@ def test_release_frees_the_canonical_bytes_and_recompiles_go_on() -> None:
         model(rows())
     refusals = {
         "cannot be dequantized to bfloat16 again": {"dequant_at_load": True},
-        "the flag is not on.*compile it as before, packed,": {"pack_at_load": False},
+        "the flag is not on.*compile it as before, packed for bfloat16,": {"pack_at_load": False},
     }
     for message, options in refusals.items():
         with pytest.raises(Exception, match=message):

@@ -47,6 +47,19 @@ def both(n: int = 7, k: int = 96, dtype: torch.dtype = torch.float32) -> tuple[C
     )
 
 
+@pytest.mark.parametrize("packed_for", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_packed_for_either_dtype_gives_the_same_for_x_of_any(
+    dtype: torch.dtype, packed_for: torch.dtype
+) -> None:
+    x, weight, scale, bias = exact_linear_inputs(3, 130, 288, dtype)
+    packed = mxfp8_ops.pack(weight, scale, packed_for)
+    expected = mxfp8_ops.linear(x, weight, scale, bias)
+    assert_same(mxfp8_ops.linear_packed(x, packed, 130, bias), expected)
+    compiled = torch.compile(lambda w, s: mxfp8_ops.linear_packed(x, mxfp8_ops.pack(w, s, packed_for), 130, bias))
+    assert_same(compiled(weight, scale), expected)
+
+
 def inputs(m: int = 3, n: int = 7, k: int = 96, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     x, _, _, bias = exact_linear_inputs(m, n, k, dtype)
     return x, bias
@@ -174,7 +187,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 
 
 E4M3 = torch.float8_e4m3fn
-OTHER_SHAPE = "the packed tensor of a weight [{}] must be [265, 32], got [133, 32]: is it the result of mxfp8_ops.pack"
+OTHER_SHAPE = "of a weight [{}] must be [265, 32] or [266, 32], got [133, 32]: is it the result of mxfp8_ops.pack"
 BAD: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
     "pack": [
         (ValueError, "only the weight [N, K] of a linear can be packed, got [64]", {"weight": ones(64, dtype=E4M3)}),
@@ -185,6 +198,7 @@ BAD: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
         (ValueError, "weight is empty: dimension 0 of [0, 64] has length 0", {"weight": ones(0, 64, dtype=E4M3)}),
         (ValueError, "scale must be [7, 2] for a weight of [7, 64]", {"scale": ones(8, 2, dtype=torch.uint8)}),
         (ValueError, "weight is on meta, scale on cpu", {"weight": ones(7, 64, dtype=E4M3, device="meta")}),
+        (ValueError, "for x of bfloat16 or float16, got dtype=torch.float32: for x", {"dtype": torch.float32}),
     ],
     "unpack": [
         (TypeError, "must be int32, got torch.int64: see mxfp8_ops.pack", {"packed": ones(133, 32, dtype=torch.int64)}),
@@ -193,8 +207,8 @@ BAD: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
         (ValueError, "K must be a positive multiple of the block size 32, got K=0", {"k": 0}),
         (ValueError, OTHER_SHAPE.format("129, 64"), {"n": 129}),
         (ValueError, OTHER_SHAPE.format("7, 160"), {"k": 160}),
-        (ValueError, "must be [133, 32], got [132, 32]", {"packed": ones(132, 32, dtype=torch.int32)}),
-        (ValueError, "must be [133, 32], got [4256]", {"packed": ones(4256, dtype=torch.int32)}),
+        (ValueError, "must be [133, 32] or [134, 32], got [132, 32]", {"packed": ones(132, 32, dtype=torch.int32)}),
+        (ValueError, "must be [133, 32] or [134, 32], got [4256]", {"packed": ones(4256, dtype=torch.int32)}),
     ],
     "linear_packed": [
         (

@@ -17,6 +17,7 @@ from mxfp8_ops import packing
 
 SHAPES = tuple(itertools.product((1, 7, 64, 65, 130), (32, 96, 128, 160, 288)))
 every_shape = pytest.mark.parametrize(("n", "k"), SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", packing.PACKED_FOR, ids=["for bfloat16", "for float16"])
 
 
 def random_codes(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -27,10 +28,10 @@ def random_codes(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def flags(packed: Tensor) -> list[int]:
-    """Whether bfloat16 and whether float16 need exact decoding; the rest of the last row must be zero."""
-    last = packed[-1].tolist()
-    assert not any(last[2:])
-    return last[:2]
+    """Whether bfloat16 and whether float16 need exact decoding; the rest of what follows the blocks must be zero."""
+    bfloat16, float16, *others = packed[len(packed) // 132 * 132 :].flatten().tolist()
+    assert not any(others)
+    return [bfloat16, float16]
 
 
 def strided(matrix: Tensor) -> Iterator[Tensor]:
@@ -54,16 +55,20 @@ def assert_all_same(actual: Any, expected: Any) -> None:
 # --- nothing is lost -----------------------------------------------------------------------------------
 
 
-def test_every_element_under_every_scale_comes_back() -> None:
+@each_dtype
+def test_every_element_under_every_scale_comes_back(dtype: torch.dtype) -> None:
     weight, scale = all_codes()
-    assert_all_same(mxfp8_ops.unpack(mxfp8_ops.pack(weight, scale), 256, 256), (weight, scale))
+    assert_all_same(mxfp8_ops.unpack(mxfp8_ops.pack(weight, scale, dtype), 256, 256), (weight, scale))
 
 
+@each_dtype
 @every_shape
-def test_every_shape_comes_back_bit_for_bit(n: int, k: int) -> None:
+def test_every_shape_comes_back_bit_for_bit(n: int, k: int, dtype: torch.dtype) -> None:
     weight, scale = random_codes(n, k)
-    packed = mxfp8_ops.pack(weight, scale)
-    assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (132 * -(-n // 128) * -(-k // 128) + 1, 32))
+    packed = mxfp8_ops.pack(weight, scale, dtype)
+    more = {torch.bfloat16: 1, torch.float16: 2}[dtype]
+    assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (132 * -(-n // 128) * -(-k // 128) + more, 32))
+    assert packing.packed_for(packed) == dtype
     assert_all_same(mxfp8_ops.unpack(packed, n, k), (weight, scale))
 
 
@@ -96,6 +101,7 @@ def test_a_packed_tensor_under_other_strides_is_unpacked() -> None:
 def test_packing_takes_the_bytes_of_weight_and_scale_and_128_more() -> None:
     weight, scale = random_codes(256, 384)
     assert mxfp8_ops.pack(weight, scale).nbytes == weight.nbytes + scale.nbytes + 128
+    assert mxfp8_ops.pack(weight, scale, torch.float16).nbytes == weight.nbytes + scale.nbytes + 256
 
 
 def test_inputs_are_left_alone_and_results_are_new() -> None:
@@ -112,7 +118,8 @@ def test_inputs_are_left_alone_and_results_are_new() -> None:
     assert len(set(storages)) == 5
 
 
-def test_work_in_parts_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@each_dtype
+def test_work_in_parts_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scale = random_codes(520, 160)
     codes = weight.view(torch.uint8)
     codes[codes & 0x7F == 0x7F] = 0
@@ -120,11 +127,11 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
     for row in (None, 0, 519):  # one NaN, in the first or in the last part
         if row is not None:
             codes[row, 150] = 0x7F
-        packed = mxfp8_ops.pack(weight, scale)
+        packed = mxfp8_ops.pack(weight, scale, dtype)
         for blocks in (1, 2, 4):  # of two along K: a part is half the columns, all of them, or more rows
             with monkeypatch.context() as patch:
                 patch.setattr(packing, "_CHUNK", blocks * 128 * 128)
-                assert_same(mxfp8_ops.pack(weight, scale), packed)
+                assert_same(mxfp8_ops.pack(weight, scale, dtype), packed)
                 assert_all_same(mxfp8_ops.unpack(packed, 520, 160), (weight, scale))
         assert flags(packed) == ([0, 0] if row is None else [1, 1])
         if row is not None:
@@ -134,7 +141,10 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
 # --- the layout ----------------------------------------------------------------------------------------
 
 # Where bit 0, 1, ... 7 of an element lies in its half of a word, in row r and in row r + 8.
-BITS = ((4, 5, 6, 7, 8, 9, 10, 15), (0, 1, 2, 3, 12, 13, 14, 11))
+BITS = {
+    torch.bfloat16: ((4, 5, 6, 7, 8, 9, 10, 15), (0, 1, 2, 3, 12, 13, 14, 11)),
+    torch.float16: ((7, 8, 9, 10, 11, 12, 13, 15), (0, 1, 2, 3, 4, 5, 6, 14)),
+}
 
 
 def from_bits(*bits: Tensor) -> Tensor:
@@ -145,8 +155,8 @@ def from_bits(*bits: Tensor) -> Tensor:
     return number
 
 
-def expected_packed(weight: Tensor, scale: Tensor) -> Tensor:
-    """Every element and every scale, one by one, where the docstring of ``packing`` says; no exact flags."""
+def expected_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every element and every scale, one by one, where the docstring of ``packing`` says."""
     n, k = weight.shape
     down, across = -(-n // 128), -(-k // 128)
     row, column = torch.meshgrid(torch.arange(128 * down), torch.arange(128 * across), indexing="ij")
@@ -154,10 +164,10 @@ def expected_packed(weight: Tensor, scale: Tensor) -> Tensor:
     elements[:n, :k], scales[:n, : k // 32] = weight.view(torch.uint8).long(), scale.long()
     block = (row // 128 * across + column // 128) * 132 * 32
     r, c = [row >> i & 1 for i in range(7)], [column >> i & 1 for i in range(7)]
-    out = torch.zeros((132 * down * across + 1) * 32, dtype=torch.int64)
+    out = torch.zeros(132 * down * across * 32, dtype=torch.int64)
 
     place = block + from_bits(c[6], r[6], c[5], r[5], r[4], r[2], r[1], r[0], c[2], c[1], c[4], c[3])
-    for bit, (upper, lower) in enumerate(zip(*BITS, strict=True)):
+    for bit, (upper, lower) in enumerate(zip(*BITS[dtype], strict=True)):
         position = torch.where(r[3] == 0, upper, lower) + 16 * c[0]
         out.index_add_(0, place.flatten(), ((elements >> bit & 1) << position).flatten())
 
@@ -167,11 +177,12 @@ def expected_packed(weight: Tensor, scale: Tensor) -> Tensor:
     return out.to(torch.int32).view(-1, 32)
 
 
+@each_dtype
 @every_shape
-def test_every_bit_lies_where_the_layout_says(n: int, k: int) -> None:
+def test_every_bit_lies_where_the_layout_says(n: int, k: int, dtype: torch.dtype) -> None:
     weight, scale = random_codes(n, k)
-    packed = mxfp8_ops.pack(weight, scale)
-    assert_same(packed[:-1], expected_packed(weight, scale)[:-1])
+    expected = expected_blocks(weight, scale, dtype)
+    assert_same(mxfp8_ops.pack(weight, scale, dtype)[: len(expected)], expected)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +251,12 @@ def test_padding_is_zero_under_scale_127() -> None:
 ZERO, MINUS_ZERO, SMALLEST, LARGEST, NAN, MINUS_NAN = 0x00, 0x80, 0x01, 0xFE, 0x7F, 0xFF
 
 
+@each_dtype
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 96), (130, 160)])
 @pytest.mark.parametrize("element", [ZERO, MINUS_ZERO, SMALLEST, LARGEST, NAN, MINUS_NAN])
-def test_exact_decoding_is_asked_for_exactly_when_it_is_needed(element: int, n: int, k: int) -> None:
+def test_exact_decoding_is_asked_for_exactly_when_it_is_needed(
+    element: int, n: int, k: int, dtype: torch.dtype
+) -> None:
     nan, nonzero = element in (NAN, MINUS_NAN), element not in (ZERO, MINUS_ZERO)
     row, column = (5 * n) // 7, k - 7
     for scale_byte in range(256):
@@ -251,7 +265,8 @@ def test_exact_decoding_is_asked_for_exactly_when_it_is_needed(element: int, n: 
         weight[row, column], scale[row, column // 32] = element, scale_byte
         bfloat16 = nan or scale_byte > 134
         float16 = bfloat16 or (nonzero and scale_byte < 95)
-        assert flags(mxfp8_ops.pack(weight.view(torch.float8_e4m3fn), scale)) == [bfloat16, float16], scale_byte
+        packed = mxfp8_ops.pack(weight.view(torch.float8_e4m3fn), scale, dtype)
+        assert flags(packed) == [bfloat16, float16] == list(packing.exact_marks(packed)), scale_byte
 
 
 @every_shape

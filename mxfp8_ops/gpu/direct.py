@@ -44,15 +44,17 @@ def kernel(
     WARPS: gl.constexpr,
     BLOCKS: gl.constexpr,  # of a warp in a turn
     RAGGED_K: gl.constexpr,  # K is no multiple of what the warps take in a turn
+    FOR_FLOAT16: gl.constexpr,  # the weight was packed for x of float16
     HAS_BIAS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = out.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     wait_for_kernel_before()
     mark = place_of_mark(packed, N, K, DTYPE)
-    total, marked = _products(x, packed, mark, M, K, (ROWS, TILES, WARPS, BLOCKS), MMA, DTYPE, RAGGED_K, False)
+    SIZES: gl.constexpr = (ROWS, TILES, WARPS, BLOCKS)
+    total, marked = _products(x, packed, mark, M, K, SIZES, MMA, DTYPE, FOR_FLOAT16, RAGGED_K, False)
     if marked != 0:
-        total, _ = _products(x, packed, mark, M, K, (ROWS, TILES, WARPS, 1), MMA, DTYPE, True, True)
+        total, _ = _products(x, packed, mark, M, K, (ROWS, TILES, WARPS, 1), MMA, DTYPE, FOR_FLOAT16, True, True)
     total = _sums(total, ROWS, TILES, WARPS)
     LAYOUT: gl.constexpr = total.type.layout
     tile = gl.program_id(0) * TILES + places_along(TILES, 0, 4, LAYOUT)
@@ -73,6 +75,7 @@ def _products(
     SIZES: gl.constexpr,  # rows, tiles, warps, blocks
     MMA: gl.constexpr,
     DTYPE: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,
     RAGGED: gl.constexpr,
     EXACT: gl.constexpr,
 ):
@@ -84,13 +87,13 @@ def _products(
     total = gl.zeros([SIZES[2], TILES * 16, 2 * ROWS], gl.float32, MMA)
     marked = 0
     for _ in range(K // (TOGETHER * 128)):
-        total, marked = _turn(words, scales, pairs, mark, 0, total, SIZES, MMA, DTYPE, False, EXACT)
+        total, marked = _turn(words, scales, pairs, mark, 0, total, SIZES, MMA, DTYPE, FOR_FLOAT16, False, EXACT)
         words += TOGETHER * _BLOCK
         scales += TOGETHER * _BLOCK
         pairs += TOGETHER * 64
     if RAGGED:
         left = K % (TOGETHER * 128) // 32
-        total, marked = _turn(words, scales, pairs, mark, left, total, SIZES, MMA, DTYPE, True, EXACT)
+        total, marked = _turn(words, scales, pairs, mark, left, total, SIZES, MMA, DTYPE, FOR_FLOAT16, True, EXACT)
     return total, marked
 
 
@@ -134,6 +137,7 @@ def _turn(
     SIZES: gl.constexpr,
     MMA: gl.constexpr,
     DTYPE: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,
     RAGGED: gl.constexpr,
     EXACT: gl.constexpr,
 ):
@@ -169,7 +173,8 @@ def _turn(
         codes = gl.load(scales)
         pair = gl.load(pairs)
     marked = gl.load(mark)
-    return mma_v2(_weight(word, codes, SIZES, MMA, DTYPE, EXACT), _rows(pair, SIZES, MMA, DTYPE), total), marked
+    weight = _weight(word, codes, SIZES, MMA, DTYPE, FOR_FLOAT16, EXACT)
+    return mma_v2(weight, _rows(pair, SIZES, MMA, DTYPE), total), marked
 
 
 @gluon.jit
@@ -181,10 +186,18 @@ def _rows(pair, SIZES: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _weight(word, codes, SIZES: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+def _weight(
+    word,
+    codes,
+    SIZES: gl.constexpr,
+    MMA: gl.constexpr,
+    DTYPE: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,
+    EXACT: gl.constexpr,
+):
     """Operand A ``[WARPS, TILES * 16, BLOCKS * 64]``: names registers but for the arithmetic."""
     codes_one, codes_other = gl.split(codes)
-    one, other = separate(word, DTYPE, EXACT)
+    one, other = separate(word, DTYPE, FOR_FLOAT16, EXACT)
     one = scaled(one, _scale(codes_one, word, SIZES, DTYPE, EXACT), DTYPE, EXACT)
     other = scaled(other, _scale(codes_other, word, SIZES, DTYPE, EXACT), DTYPE, EXACT)
     one_0, one_1 = halves(one)

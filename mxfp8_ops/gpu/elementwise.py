@@ -11,18 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
-from ..packing import COLUMNS
+from ..packing import COLUMNS, packed_for
 from .codes import element_to_float32, float32_to_element, moved_to_float32, scale_to_float32
 from .launch import launch
 
 _BLOCKS = 64  # blocks of 32 a program
 _WARPS = 4
 
-# Bits of a packed word, as the int32 that Triton takes: those of row r in both halves, and those of row r + 8 after
-# shifts by 4 upwards and downwards.
-_ROW = tl.constexpr(0x87F087F0 - 2**32)
-_OTHER_UPPER = tl.constexpr(0x80F080F0 - 2**32)
-_OTHER_LOWER = tl.constexpr(0x07000700)
+# Bits of both halves of a word, as the int32 that Triton takes: where a bfloat16 of 2**-120 times an element has them.
+_SIGNS = tl.constexpr(0x80008000 - 2**32)
+_MAGNITUDES = tl.constexpr(0x07F007F0)
+_SIGNS_AND_LOWER = tl.constexpr(0x80F080F0 - 2**32)
+_UPPER = tl.constexpr(0x07000700)
 _UPPER_HALF = tl.constexpr(0xFFFF0000 - 2**32)
 
 
@@ -40,7 +40,13 @@ def dequant_packed(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor
     """``dequant(*unpack(packed, n, k), dtype)`` in one pass, for a packed tensor that is contiguous."""
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
     across = triton.cdiv(k, COLUMNS)
-    launch(_dequant_packed_kernel, (triton.cdiv(n, 16), across), (packed, out, n, k), (), _WARPS)
+    launch(
+        _dequant_packed_kernel,
+        (triton.cdiv(n, 16), across),
+        (packed, out, n, k),
+        (packed_for(packed) == torch.float16,),
+        _WARPS,
+    )
     return out
 
 
@@ -67,7 +73,7 @@ def _dequant_kernel(codes, scales, out, blocks, NATIVE: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _dequant_packed_kernel(packed, out, N, K):
+def _dequant_packed_kernel(packed, out, N, K, FOR_FLOAT16: tl.constexpr):
     """16 rows of a block of 128 by 128: see ``mxfp8_ops.packing`` for where their words lie. They are read in that
     order, which is 512 bytes at a time, and leave as rows of the weight: what is in between moves from lane to lane.
     """
@@ -79,8 +85,14 @@ def _dequant_packed_kernel(packed, out, N, K):
     word = tl.load(block + place + pair)
     scales = block + 4096 + tile * 16 + row % 8 * 2
     group = row // 8 * 8
-    one = _pairs(word & _ROW, (tl.load(scales) >> group) & 0xFF)
-    other = _pairs(((word << 4) & _OTHER_UPPER) | ((word >> 4) & _OTHER_LOWER), (tl.load(scales + 1) >> group) & 0xFF)
+    if FOR_FLOAT16:
+        one = (word & _SIGNS) | ((word >> 3) & _MAGNITUDES)
+        other = ((word << 1) & _SIGNS) | ((word << 4) & _MAGNITUDES)
+    else:
+        one = word & (_SIGNS | _MAGNITUDES)
+        other = ((word << 4) & _SIGNS_AND_LOWER) | ((word >> 4) & _UPPER)
+    one = _pairs(one, (tl.load(scales) >> group) & 0xFF)
+    other = _pairs(other, (tl.load(scales + 1) >> group) & 0xFF)
     bits = tl.join(one.to(out.dtype.element_ty), other.to(out.dtype.element_ty))
     bits = tl.reshape(bits, (2, 2, 8, 4, 2, 2, 2, 2))  # k6, k5, r2 r1 r0, k2 k1, k4, k3, k0, r3
     value = tl.reshape(tl.permute(bits, (7, 2, 0, 1, 4, 5, 3, 6)), (16, 128))

@@ -42,7 +42,9 @@ _IN_PLACE = gl.constexpr(0x87F087F0 - 2**32)
 _MOVED_UP = gl.constexpr(0x80F080F0 - 2**32)
 _MOVED_DOWN = gl.constexpr(0x07000700)
 _SIGNS = gl.constexpr(0x80008000 - 2**32)
+_FLOAT16_IN_PLACE = gl.constexpr(0xBF80BF80 - 2**32)
 _FLOAT16_MAGNITUDES = gl.constexpr(0x3F803F80)
+_BFLOAT16_MAGNITUDES = gl.constexpr(0x07F007F0)
 _FLOAT16_LOWER = gl.constexpr(0x07800780)
 _FLOAT16_UPPER = gl.constexpr(0x38003800)
 _UPPER = gl.constexpr(0xFFFF0000 - 2**32)
@@ -70,7 +72,14 @@ def place_of_mark(packed, N, K, DTYPE: gl.constexpr):
 
 @gluon.jit
 def weight_fragment(
-    words, scales, HALF: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr
+    words,
+    scales,
+    HALF: gl.constexpr,
+    ROWS: gl.constexpr,
+    MMA: gl.constexpr,
+    DTYPE: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,  # the weight was packed for x of float16
+    EXACT: gl.constexpr,
 ):
     """Operand A ``[ROWS, 64]`` in DTYPE: the half (0 or 1) of a block's elements whose ``words`` these are, times the
     block's ``scales``. Both in shared memory.
@@ -81,7 +90,7 @@ def weight_fragment(
     one, other = _scale_words(scales, ROWS, WORD)
     scale_one = _scale_operand(one, HALF, word, WORD, DTYPE, EXACT)
     scale_other = _scale_operand(other, HALF, word, WORD, DTYPE, EXACT)
-    pair_one, pair_other = separate(word, DTYPE, EXACT)
+    pair_one, pair_other = separate(word, DTYPE, FOR_FLOAT16, EXACT)
     pair_one = scaled(pair_one, scale_one, DTYPE, EXACT)
     pair_other = scaled(pair_other, scale_other, DTYPE, EXACT)
     return operand(pair_one, pair_other, [ROWS, 64], OPERAND, DTYPE)
@@ -148,14 +157,22 @@ def float16_in_both_halves(bits):
 
 
 @gluon.jit
-def separate(word, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+def separate(word, DTYPE: gl.constexpr, FOR_FLOAT16: gl.constexpr, EXACT: gl.constexpr):
     """The elements of row r and of row r + 8, each two in a word: bfloat16 of 2**-120 times their values if EXACT or
     if that is DTYPE, else float16 of 2**-8 times their values.
 
-    In each half word, bits 15 and 10..4 are row r's sign, exponent and mantissa, in place for a bfloat16 already; bits
-    11, 14..12 and 3..0 are those of row r + 8. A float16 has exponent and mantissa in 13..7.
+    See ``mxfp8_ops.packing`` for where their bits are: row r's are in place already for the dtype for which the weight
+    was packed.
     """
-    if EXACT or gl.bfloat16 == DTYPE:
+    BFLOAT16: gl.constexpr = EXACT or gl.bfloat16 == DTYPE
+    if FOR_FLOAT16:
+        if BFLOAT16:
+            one = (word & _SIGNS) | ((word >> 3) & _BFLOAT16_MAGNITUDES)
+            other = ((word << 1) & _SIGNS) | ((word << 4) & _BFLOAT16_MAGNITUDES)
+        else:
+            one = word & _FLOAT16_IN_PLACE
+            other = ((word << 1) & _SIGNS) | ((word << 7) & _FLOAT16_MAGNITUDES)
+    elif BFLOAT16:
         one = word & _IN_PLACE
         other = ((word << 4) & _MOVED_UP) | ((word >> 4) & _MOVED_DOWN)
     else:

@@ -90,7 +90,7 @@ def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out:
         direct.kernel,
         (chosen.programs(n),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
-        (*chosen.constants, k % (128 * together) != 0, bias is not None),
+        (*chosen.constants, k % (128 * together) != 0, _for_float16(source), bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
         dependent=settings.dependent_launch(),
@@ -116,7 +116,7 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
             n,
             k,
         ),
-        (rows, warps, stages, bias is not None),
+        (rows, warps, stages, _for_float16(source), bias is not None),
         num_warps=warps,
         dependent=settings.dependent_launch(),
     )
@@ -148,7 +148,7 @@ def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | 
             count - split,
             chosen.parts,
         ),
-        (isinstance(source, Tensor), *chosen.constants, box_rows, bias is not None),
+        (_packed(source), *chosen.constants, box_rows, bias is not None),
         num_warps=warps,
         maxnreg=chosen.registers or None,
         dependent=settings.dependent_launch(),
@@ -160,6 +160,15 @@ def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | 
             (partial, offset, out, m, n, count - split, chosen.parts),
             (chosen.rows, chosen.columns, _COLUMNS, box_rows, bias is not None),
         )
+
+
+def _packed(source: Tensor | Canonical) -> int:
+    """What the kernels on tiles call PACKED."""
+    return packing.PACKED_FOR[packing.packed_for(source)] if isinstance(source, Tensor) else 0
+
+
+def _for_float16(packed: Tensor) -> bool:
+    return packing.packed_for(packed) == torch.float16
 
 
 def _boxes(source: Tensor | Canonical, rows: int) -> tuple[Any, Any, Tensor]:

@@ -35,6 +35,7 @@ def kernel(
     ROWS: gl.constexpr,  # 8 or 16, at least M
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,  # the weight was packed for x of float16
     HAS_BIAS: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
@@ -53,9 +54,9 @@ def kernel(
     for i in gl.static_range(STAGES):
         _load(source, stages, i, blocks, STAGES)
     if needs_exact(packed, N, K, DTYPE):
-        total = _products(source, stages, blocks, MMA, STAGES, True)
+        total = _products(source, stages, blocks, MMA, STAGES, FOR_FLOAT16, True)
     else:
-        total = _products(source, stages, blocks, MMA, STAGES, False)
+        total = _products(source, stages, blocks, MMA, STAGES, FOR_FLOAT16, False)
     total = gl.sum(total, 0)
     LAYOUT: gl.constexpr = total.type.layout
     n = gl.program_id(0) * 32 + places_along(32, 0, 2, LAYOUT)
@@ -85,18 +86,28 @@ def _load(source, stages, turn, blocks, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _products(source, stages, blocks, MMA: gl.constexpr, STAGES: gl.constexpr, EXACT: gl.constexpr):
+def _products(
+    source,
+    stages,
+    blocks,
+    MMA: gl.constexpr,
+    STAGES: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,
+    EXACT: gl.constexpr,
+):
     """Every warp's sums ``[WARPS, 32, ROWS]`` of its turns."""
     x_stages, element_stages, scale_stages, full = stages
     WARPS: gl.constexpr = element_stages.shape[1]
     ROWS: gl.constexpr = x_stages.shape[2]
+    DTYPE: gl.constexpr = x_stages.dtype
     total = gl.zeros([WARPS, 32, ROWS], gl.float32, MMA)
     turns = (blocks + WARPS - 1) // WARPS
     for turn in range(turns):
         stage = turn % STAGES
         left = blocks - turn * WARPS
         mbarrier.wait(full.index(stage), turn // STAGES % 2)
-        weight = _weight(element_stages.index(stage), scale_stages.index(stage), left, MMA, x_stages.dtype, EXACT)
+        elements, scales = element_stages.index(stage), scale_stages.index(stage)
+        weight = _weight(elements, scales, left, MMA, DTYPE, FOR_FLOAT16, EXACT)
         total = mma_v2(weight, _rows(x_stages.index(stage), MMA), total)
         if turn + STAGES < turns:
             barrier()
@@ -118,7 +129,15 @@ def _rows(stage, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _weight(elements, scales, left, MMA: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+def _weight(
+    elements,
+    scales,
+    left,
+    MMA: gl.constexpr,
+    DTYPE: gl.constexpr,
+    FOR_FLOAT16: gl.constexpr,
+    EXACT: gl.constexpr,
+):
     """Operand A ``[WARPS, 32, 128]``. Blocks that are not there begin the rows below: zeros in their place."""
     WARPS: gl.constexpr = elements.shape[0]
     WORD: gl.constexpr = _any_words(WARPS, MMA).type.layout
@@ -126,7 +145,7 @@ def _weight(elements, scales, left, MMA: gl.constexpr, DTYPE: gl.constexpr, EXAC
     word = reinterpret(elements, gl.int32, [WARPS, 2, 2, 2, 8, 4, 4], PLACES).load(WORD)
     word = gl.where(places_along(WARPS, 0, 7, WORD) < left, word, 0)
     codes_one, codes_other = _scales(scales, left, MMA)
-    one, other = separate(word, DTYPE, EXACT)
+    one, other = separate(word, DTYPE, FOR_FLOAT16, EXACT)
     one = scaled(one, _scale(codes_one, word, DTYPE, EXACT), DTYPE, EXACT)
     other = scaled(other, _scale(codes_other, word, DTYPE, EXACT), DTYPE, EXACT)
     one_0, one_1 = halves(one)

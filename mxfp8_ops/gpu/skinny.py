@@ -41,7 +41,7 @@ def kernel(
     K,
     whole,  # tiles that are computed by one program; the others by `parts` programs each
     parts,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
     R: gl.constexpr,
     S: gl.constexpr,
@@ -130,7 +130,7 @@ def _load(x, elements, scales, stages, work, config: gl.constexpr):
     for step in range(first, first + steps):
         mbarrier.wait(empty.index(stage), phase)
         ready = full.index(stage)
-        mbarrier.expect(ready, R * (128 * 64 + 64 * 4 * PACKED) + BM * 128 * 2)
+        mbarrier.expect(ready, R * (128 * 64 + 64 * 4 * (PACKED > 0)) + BM * 128 * 2)
         for r in gl.static_range(R):
             into = stage * R + r
             if PACKED:
@@ -219,7 +219,7 @@ def _products(
         for half in gl.static_range(2):  # the second half is decoded while the first is multiplied
             elements = element_stages.index(into * 2 + half)
             if PACKED:
-                weight = weight_fragment(elements, scale_stages.index(into), half, 64, MMA, DTYPE, EXACT)
+                weight = weight_fragment(elements, scale_stages.index(into), half, 64, MMA, DTYPE, PACKED == 2, EXACT)
             else:
                 weight = canonical_fragment(elements, scales, half, 64, MMA, DTYPE)
             total = warpgroup_mma(weight, x_stages.index(stage * 2 + half).permute((1, 0)), total, is_async=True)

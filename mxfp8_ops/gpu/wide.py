@@ -38,7 +38,7 @@ def kernel(
     K,
     whole,  # tiles that are computed by one program; the others by `parts` programs each
     parts,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
     STAGES: gl.constexpr,
     BOX: gl.constexpr,
@@ -93,7 +93,7 @@ def _load(sources, stages, step, stage, config: gl.constexpr):
     BOX: gl.constexpr = config[3]
     ready = full.index(stage)
     within = step < steps * 2
-    mbarrier.expect(ready, 128 * 64 + 128 * 4 * PACKED + BM * 64 * 2, pred=within)
+    mbarrier.expect(ready, 128 * 64 + 128 * 4 * (PACKED > 0) + BM * 64 * 2, pred=within)
     if PACKED:
         block = (column // 128 * blocks + first + step // 2) * 132
         at = [block + step % 2 * 64, 0]
@@ -110,7 +110,7 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, PACKED: gl.constexpr, MMA
     x_stages, element_stages, scale_stages, _ = stages
     if PACKED:
         return weight_fragment(
-            element_stages.index(stage), scale_stages.index(stage), HALF, 128, MMA, x_stages.dtype, False
+            element_stages.index(stage), scale_stages.index(stage), HALF, 128, MMA, x_stages.dtype, PACKED == 2, False
         )
     else:
         return canonical_fragment(element_stages.index(stage), scales, HALF, 128, MMA, x_stages.dtype)
@@ -167,6 +167,7 @@ def _exact_products(sources, stages, MMA: gl.constexpr, config: gl.constexpr):
     x_stages, element_stages, scale_stages, full = stages
     DTYPE: gl.constexpr = x_stages.dtype
     _, _, _, _, _, _, _, _, steps = sources
+    PACKED: gl.constexpr = config[0]
     BM: gl.constexpr = config[1]
     STAGES: gl.constexpr = config[2]
     OLDER: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8])
@@ -178,7 +179,7 @@ def _exact_products(sources, stages, MMA: gl.constexpr, config: gl.constexpr):
         for half in gl.static_range(2):
             mbarrier.wait(full.index(stage), phase)
             weight = weight_fragment(
-                element_stages.index(stage), scale_stages.index(stage), half, 128, MMA, DTYPE, True
+                element_stages.index(stage), scale_stages.index(stage), half, 128, MMA, DTYPE, PACKED == 2, True
             )
             weight = gl.convert_layout(weight, gl.DotOperandLayout(0, OLDER, 2), assert_trivial=True)
             rows = x_stages.index(stage).permute((1, 0)).load(gl.DotOperandLayout(1, OLDER, 2))

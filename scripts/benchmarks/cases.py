@@ -17,6 +17,7 @@ import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
 from mxfp8_ops.gpu import dispatch, elementwise, hopper, plans
+from mxfp8_ops.packing import PACKED_FOR
 
 from .case import DTYPES, Case
 
@@ -55,8 +56,9 @@ def _dequant(dtype: torch.dtype) -> None:
     weight, scale = _weight(136, 288, extreme=False)
     expected = reference.dequant(weight, scale, dtype)
     torch.testing.assert_close(mxfp8_ops.dequant(weight.cuda(), scale.cuda(), dtype).cpu(), expected)
-    packed = mxfp8_ops.pack(weight, scale).cuda()
-    torch.testing.assert_close(elementwise.dequant_packed(packed, 136, 288, dtype).cpu(), expected)
+    for packed_for in PACKED_FOR:
+        packed = mxfp8_ops.pack(weight, scale, packed_for).cuda()
+        torch.testing.assert_close(elementwise.dequant_packed(packed, 136, 288, dtype).cpu(), expected)
 
 
 # --- linear --------------------------------------------------------------------------------------------------
@@ -121,7 +123,8 @@ def _linear(problem: Problem, linear: Linear) -> None:
         x = (torch.randn(problem.m, problem.k) / 4).to(problem.dtype)
         bias = torch.randn(problem.n).to(problem.dtype) if problem.bias else None
         canonical = _weight(problem.n, problem.k, extreme)
-        stored = (mxfp8_ops.pack(*canonical),) if problem.packed else canonical
+        packed_for = problem.dtype if problem.dtype in PACKED_FOR else torch.bfloat16
+        stored = (mxfp8_ops.pack(*canonical, packed_for),) if problem.packed else canonical
         on_device = None if bias is None else bias.cuda()
         actual = linear(problem, x.cuda(), tuple(each.cuda() for each in stored), on_device)
         expected = reference.linear(x.float(), *canonical, None if bias is None else bias.float())

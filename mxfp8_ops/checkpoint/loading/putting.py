@@ -71,7 +71,7 @@ def _mxfp8_linear(old: nn.Module, loaded: Loaded, bias: Tensor | None) -> Mxfp8L
     assert loaded.tensor is not None
     assert loaded.scale is not None
     new = Mxfp8Linear.from_quantized(loaded.tensor.view(ELEMENT_DTYPE), loaded.scale, bias)
-    return new.pack_() if isinstance(old, PackedMxfp8Linear) else new
+    return new.pack_(old._packed_for()) if isinstance(old, PackedMxfp8Linear) else new
 
 
 def _dense_linear(own: Mapping[str, Tensor | None]) -> nn.Linear:
