@@ -59,7 +59,8 @@ class Packed:
 
     def empty(self, weight: Tensor) -> Tensor:
         """A value of this form without data."""
-        return weight.new_empty(packing.packed_shape(*weight.shape, self.dtype), dtype=packing.PACKED_DTYPE)
+        shape = packing.packed_shape(weight.shape[0], weight.shape[1], self.dtype)
+        return weight.new_empty(shape, dtype=packing.PACKED_DTYPE)
 
     def make(self, weight: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
         """The value, in ``out`` where that is given."""

@@ -89,7 +89,7 @@ _library.impl("linear_packed", _linear_packed_cuda, "CUDA")
 @torch.library.register_fake("mxfp8::pack", lib=_library)
 def _pack_fake(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     _check_pack(weight, scale, dtype)
-    return weight.new_empty(packed_shape(*weight.shape, dtype), dtype=PACKED_DTYPE)
+    return weight.new_empty(packed_shape(weight.shape[0], weight.shape[1], dtype), dtype=PACKED_DTYPE)
 
 
 @torch.library.register_fake("mxfp8::unpack", lib=_library)

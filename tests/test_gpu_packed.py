@@ -431,7 +431,7 @@ def test_a_captured_graph_sees_x_and_weight_as_they_are(m: int, dtype: torch.dty
     for seed in range(3):
         other = weight.view(torch.uint8).roll(seed, 0).view(weight.dtype)
         if isinstance(on_chip, Tensor):
-            on_chip.copy_(mxfp8_ops.pack(other, scale))
+            on_chip.copy_(mxfp8_ops.pack(other, scale, dtype))
         else:
             on_chip[0].copy_(other)
         place.copy_(x.roll(seed, 0))
@@ -450,7 +450,7 @@ def test_a_weight_that_becomes_special_in_place_is_decoded_exactly_at_once(m: in
     graph, out = captured(x, on_chip, len(weight), None)
     for codes in ((special, large), (weight, scale), (special, large)):
         expected = what_codes_mean(*codes, dtype).expand(m, -1)
-        on_chip.copy_(mxfp8_ops.pack(*codes))
+        on_chip.copy_(mxfp8_ops.pack(*codes, dtype))
         assert_same(mxfp8_ops.linear_packed(x, on_chip, len(weight)).cpu(), expected)
         graph.replay()
         assert_same(out.cpu(), expected)
@@ -550,7 +550,7 @@ def test_packing_a_model_takes_the_memory_of_one_layer_more_at_most() -> None:
 @FORM
 def test_linear_takes_no_memory_but_the_result_and_sums_of_parts(packed: bool) -> None:
     weight = torch.full((8192, 8192), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    on_chip = put(weight, torch.full((8192, 256), 127, dtype=torch.uint8), packed)
+    on_chip = put(weight, torch.full((8192, 256), 127, dtype=torch.uint8), packed, torch.bfloat16)
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("without kernels for so many rows weights are dequantized")
     for m in EACH_KERNEL:
