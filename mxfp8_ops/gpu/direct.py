@@ -22,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import float16_in_both_halves, halves, place_of_mark, scale_to_float32, scaled, separate
+from .fragments import fast_scales, halves, place_of_mark, scale_to_float32, scaled, separate
 from .places import places_along
 from .tiles import wait_for_kernel_before
 
@@ -213,19 +213,15 @@ def _scale(codes, word, SIZES: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.cons
     pair, block]`` of the codes of four groups. A lane takes those of its k5.
     """
     GROUP: gl.constexpr = gl.SliceLayout(5, gl.SliceLayout(6, word.type.layout))
-    group = places_along(2, 4, 5, GROUP) * 2 + places_along(8, 2, 5, GROUP) // 4
-    every = gl.full([SIZES[2], SIZES[1], 8, SIZES[3], 2], 0, gl.int32, GROUP)
-    codes, _ = gl.broadcast(gl.expand_dims(codes, 4), every)
+    CODES: gl.constexpr = codes.type.layout
+    k5 = places_along(8, 2, 4, CODES) // 4
     if EXACT:
-        scale = scale_to_float32((codes >> (group * 8)) & 0xFF)
-    elif gl.bfloat16 == DTYPE:  # 2**120 times the scale, in both halves: bits without a carry, as no code is above 134
-        code = gl.inline_asm_elementwise(
-            _EXTRACT, "=r,r,r", [codes, every + group * 0x0101 + 0x4040], gl.int32, True, 1
-        )
-        scale = code * 0x80 + 0x3C003C00
-    else:  # 2**8 times the scale
-        code = gl.inline_asm_elementwise(_EXTRACT, "=r,r,r", [codes, every + group + 0x4440], gl.int32, True, 1)
-        scale = float16_in_both_halves(code * 0x00800000 + 0x04000000)
+        zero, one = scale_to_float32((codes >> (k5 * 8)) & 0xFF), scale_to_float32((codes >> (k5 * 8 + 16)) & 0xFF)
+    else:
+        numbers = k5 * 0x0101 + 0x4240  # of the codes of both k6, each in half a word
+        both = gl.inline_asm_elementwise(_EXTRACT, "=r,r,r", [codes, numbers], gl.int32, True, 1)
+        zero, one = fast_scales(both, DTYPE)
+    scale = gl.convert_layout(gl.join(zero, one), GROUP, assert_trivial=True)
     scale, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(scale, 5), 6), word)
     return scale
 

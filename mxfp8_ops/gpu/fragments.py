@@ -54,6 +54,8 @@ _MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 _ROUND_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 _ROUND_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 _SPLIT = gl.constexpr("mov.b32 {$0, $1}, $2;")
+_LOWER_TWICE = gl.constexpr("{\n.reg .b16 one, other;\nmov.b32 {one, other}, $1;\nmov.b32 $0, {one, one};\n}")
+_UPPER_TWICE = gl.constexpr("{\n.reg .b16 one, other;\nmov.b32 {one, other}, $1;\nmov.b32 $0, {other, other};\n}")
 
 
 @gluon.jit
@@ -119,8 +121,7 @@ def _scale_words(scales, ROWS: gl.constexpr, WORD: gl.constexpr):
 def _scale_operand(scales, HALF: gl.constexpr, word, WORD: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
     """What the elements of each word are multiplied by: the scale of its group of 32."""
     GROUP: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, WORD)))
-    first = group_scale(scales, 2 * HALF, DTYPE, EXACT)
-    second = group_scale(scales, 2 * HALF + 1, DTYPE, EXACT)
+    first, second = two_scales(scales, 2 * HALF, 2 * HALF + 1, DTYPE, EXACT)
     groups = gl.convert_layout(gl.join(first, second), GROUP, assert_trivial=True)
     groups = gl.expand_dims(gl.expand_dims(gl.expand_dims(groups, 3), 4), 5)
     groups, _ = gl.broadcast(groups, word)
@@ -128,18 +129,37 @@ def _scale_operand(scales, HALF: gl.constexpr, word, WORD: gl.constexpr, DTYPE: 
 
 
 @gluon.jit
-def group_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
-    """One of the four scales in a word, in the form that ``scaled`` takes: a float32 if EXACT, else 2**120 (bfloat16)
-    or 2**8 (float16) times the scale, in both halves of a word.
-    """
+def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """Two of the four scales in a word, in the form that ``scaled`` takes."""
     if EXACT:
-        return scale_to_float32((scales >> (8 * GROUP)) & 0xFF)
-    elif gl.bfloat16 == DTYPE:
-        scales += 0x78787878  # 120 to each of the four: none is above 134
-        return ((scales >> (8 * GROUP)) & 0xFF) * 0x00800080
+        first = scale_to_float32((scales >> (8 * FIRST)) & 0xFF)
+        return first, scale_to_float32((scales >> (8 * SECOND)) & 0xFF)
     else:
-        code = (scales >> (8 * GROUP)) & 0xFF
-        return float16_in_both_halves((code + 8) << 23)
+        return fast_scales(
+            gl.inline_asm_elementwise(_to_halves(FIRST, SECOND), "=r,r", [scales], gl.int32, True, 1), DTYPE
+        )
+
+
+@gluon.jit
+def fast_scales(codes, DTYPE: gl.constexpr):
+    """2**120 (bfloat16) or 2**8 (float16) times the scales of the two codes in the halves of a word, each in both halves
+    of one. But only one word is made of the two: instructions that multiply can take either half of it twice.
+    """
+    if gl.bfloat16 == DTYPE:  # bits without a carry, as no code is above 134
+        both = codes * 0x80 + 0x3C003C00
+    else:
+        one = (codes * 0x00800000 + 0x04000000).to(gl.float32, bitcast=True)  # the upper code has gone over the top
+        other = ((codes >> 16) * 0x00800000 + 0x04000000).to(gl.float32, bitcast=True)
+        both = gl.inline_asm_elementwise(_ROUND_FLOAT16, "=r,f,f", [one, other], gl.int32, True, 1)
+    lower = gl.inline_asm_elementwise(_LOWER_TWICE, "=r,r", [both], gl.int32, True, 1)
+    upper = gl.inline_asm_elementwise(_UPPER_TWICE, "=r,r", [both], gl.int32, True, 1)
+    return lower, upper
+
+
+@gluon.constexpr_function
+def _to_halves(first, second):
+    """PTX that takes two bytes of a word by their numbers, each to a half of its own."""
+    return f"prmt.b32 $0, $1, 0, {0x4040 + second * 0x100 + first};"
 
 
 @gluon.jit
