@@ -142,8 +142,8 @@ def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.cons
 
 @gluon.jit
 def fast_scales(codes, DTYPE: gl.constexpr):
-    """2**120 (bfloat16) or 2**8 (float16) times the scales of the two codes in the halves of a word, each in both halves
-    of one. But only one word is made of the two: instructions that multiply can take either half of it twice.
+    """2**120 (bfloat16) or 2**8 (float16) times the scales of two codes, the halves of a word, each in both halves of
+    one. But only one word is made of the two: instructions that multiply can take either half of it twice.
     """
     if gl.bfloat16 == DTYPE:  # bits without a carry, as no code is above 134
         both = codes * 0x80 + 0x3C003C00
