@@ -141,6 +141,19 @@ def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.cons
 
 
 @gluon.jit
+def one_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
+    """One of the four scales in a word, in the same form, but made by itself."""
+    code = (scales >> (8 * GROUP)) & 0xFF
+    if EXACT:
+        return scale_to_float32(code)
+    elif gl.bfloat16 == DTYPE:
+        scales += 0x78787878  # 120 to each of the four: none is above 134
+        return ((scales >> (8 * GROUP)) & 0xFF) * 0x00800080
+    else:
+        return float16_in_both_halves((code + 8) << 23)
+
+
+@gluon.jit
 def fast_scales(codes, DTYPE: gl.constexpr):
     """2**120 (bfloat16) or 2**8 (float16) times the scales of two codes, the halves of a word, each in both halves of
     one. But only one word is made of the two: instructions that multiply can take either half of it twice.
