@@ -1,0 +1,303 @@
+"""Linear on a weight as it is stored, for up to some 64 rows of x, in Gluon: as fast as the weight can be read.
+
+A program computes BN outputs for BM rows of x. Its warps stand ALONG K and ACROSS N; those along K take turns, of BK
+elements each, and add up their sums in the end. For very few rows, weight and x go from memory straight to the
+registers in which the matrix instruction wants them, and many warps at once hide the latency (``_direct``); for more,
+through shared memory (``_staged``). The instruction does not care which elements of K a lane holds, if only both
+operands agree: so a lane takes RUN consecutive elements of a row, which are loaded together, where the instruction's
+own order has pairs.
+
+Elements are decoded through float32, in which every code times every scale is exact, and rounded once, to the dtype of
+x: no code is special here. For chips that convert e4m3 themselves: NVIDIA's from sm_89 on.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from .fragments import halves
+from .mma_layouts import copy_layout, group_layout, in_order_of_instruction, swizzled, weight_layout, x_layout
+from .places import places_along
+from .versions import copy_to_shared
+
+# Four e4m3 codes in a word and their scale, a float32, to four elements of the weight. The hardware converts e4m3 to
+# float16, which holds every value; products with any scale are exact in float32 (without .ftz: subnormal ones, too).
+_DECODE = gl.constexpr("""{
+.reg .b16 low, high, h0, h1, h2, h3;
+.reg .b32 first, second;
+.reg .f32 f0, f1, f2, f3;
+mov.b32 {low, high}, $4;
+cvt.rn.f16x2.e4m3x2 first, low;
+cvt.rn.f16x2.e4m3x2 second, high;
+mov.b32 {h0, h1}, first;
+mov.b32 {h2, h3}, second;
+cvt.f32.f16 f0, h0;
+cvt.f32.f16 f1, h1;
+cvt.f32.f16 f2, h2;
+cvt.f32.f16 f3, h3;
+mul.f32 f0, f0, $5;
+mul.f32 f1, f1, $5;
+mul.f32 f2, f2, $5;
+mul.f32 f3, f3, $5;
+cvt.rn.DTYPEx2.f32 first, f1, f0;
+cvt.rn.DTYPEx2.f32 second, f3, f2;
+mov.b32 {$0, $1}, first;
+mov.b32 {$2, $3}, second;
+}""")
+_DECODE_BFLOAT16 = gl.constexpr(_DECODE.value.replace("DTYPE", "bf16"))
+_DECODE_FLOAT16 = gl.constexpr(_DECODE.value.replace("DTYPE", "f16"))
+_FOUR_HALVES = gl.constexpr((gl.int16, gl.int16, gl.int16, gl.int16))
+
+
+@gluon.jit(do_not_specialize=["M", "N"])
+def kernel(
+    x,  # pointer [M, K / 2] int32: two elements in a word
+    weight,  # pointer [N, K / 4] int32: four elements in a word
+    scale,  # pointer [N, K / 32]
+    bias,  # pointer [N], or to anything
+    out,  # pointer [M, N], or float32 [programs along axis 1, M, N]
+    M,
+    N,
+    K,
+    DTYPE: gl.constexpr,  # of x
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    BK: gl.constexpr,  # elements of K in a warp's turn
+    RUN: gl.constexpr,  # consecutive elements of a row that a lane takes: 8 or 16
+    ALONG: gl.constexpr,  # warps along K
+    ACROSS: gl.constexpr,  # warps along N
+    STAGES: gl.constexpr,  # in shared memory; 0: from memory straight to registers
+    HAS_BIAS: gl.constexpr,
+):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [ALONG, ACROSS, 1], [1, 16, 8])
+    tile = gl.program_id(0)
+    down = (M + BM - 1) // BM
+    row = tile % down * BM  # tiles with the same rows of the weight follow each other: it is in the cache then
+    column = tile // down * BN
+    turns = K // (ALONG * BK)  # without the rest
+    first = turns * gl.program_id(1) // gl.num_programs(1)
+    last = turns * (gl.program_id(1) + 1) // gl.num_programs(1)
+    if STAGES > 0:
+        total = _staged(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, STAGES, MMA)
+    else:
+        total = _direct(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, MMA)
+    if (K % (ALONG * BK) != 0) & (gl.program_id(1) == gl.num_programs(1) - 1):
+        total = _rest(x, weight, scale, M, N, K, row, column, turns, total, DTYPE, BN, BM, BK, RUN, MMA)
+    total = gl.sum(total, 0)
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, MMA)
+    n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
+    m = row + gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :]
+    if HAS_BIAS:
+        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
+    n = gl.expand_dims(n, 1)
+    place = (gl.program_id(1) * M + m).to(gl.int64) * N + n
+    gl.store(out + place, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def _direct(
+    x,
+    weight,
+    scale,
+    M,
+    N,
+    K,
+    row,
+    column,
+    first,
+    last,
+    DTYPE: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    BK: gl.constexpr,
+    RUN: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """The sums ``[ALONG, BN, BM]`` of each warp's turns. Many warps at once hide the latency of memory."""
+    ALONG: gl.constexpr = MMA.warps_per_cta[0]
+    words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
+    total = gl.zeros([ALONG, BN, BM], gl.float32, MMA)
+    for turn in range(first, last):
+        word = gl.load(words + turn * (ALONG * BK // 4), eviction_policy="evict_first")
+        code = gl.load(scales + turn * (ALONG * BK // 32))
+        pair = gl.load(pairs + turn * (ALONG * BK // 2))
+        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+    return total
+
+
+@gluon.jit
+def _staged(
+    x,
+    weight,
+    scale,
+    M,
+    N,
+    K,
+    row,
+    column,
+    first,
+    last,
+    DTYPE: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    BK: gl.constexpr,
+    RUN: gl.constexpr,
+    STAGES: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """The same with weight and x copied to shared memory STAGES - 1 turns ahead, where so many rows of x leave no
+    registers for what is on its way. Scales are few: those of the next turn wait in registers.
+    """
+    ALONG: gl.constexpr = MMA.warps_per_cta[0]
+    WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
+    PAIR: gl.constexpr = x_layout(2, BM, BK, RUN, MMA)
+    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
+    words = _places(weight, column, N, K, ALONG, BN, BK, 4, copy_layout(4, BK, MMA))
+    pairs = _places(x, row, M, K, ALONG, BM, BK, 2, copy_layout(2, BK, MMA))
+    word_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BN, BK // 4], swizzled(4, BK, RUN))
+    pair_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BM, BK // 2], swizzled(2, BK, RUN))
+    for i in gl.static_range(STAGES - 1):
+        _copy(words, pairs, word_stages.index(i), pair_stages.index(i), first + i, last)
+    next_code = gl.load(scales + first * (ALONG * BK // 32), mask=first < last, other=0)
+    total = gl.zeros([ALONG, BN, BM], gl.float32, MMA)
+    for turn in range(first, last):
+        code = next_code
+        next_code = gl.load(scales + (turn + 1) * (ALONG * BK // 32), mask=turn + 1 < last, other=0)
+        async_copy.wait_group(STAGES - 2)
+        stage = (turn - first) % STAGES
+        word = word_stages.index(stage).load(WORD)
+        pair = pair_stages.index(stage).load(PAIR)
+        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+        free = (turn - first + STAGES - 1) % STAGES
+        _copy(words, pairs, word_stages.index(free), pair_stages.index(free), turn + STAGES - 1, last)
+    async_copy.wait_group(0)  # copies of turns that there are not write zeros: not into what is stored here next
+    return total
+
+
+@gluon.jit
+def _copy(words, pairs, word_stage, pair_stage, turn, last):
+    """Has a turn's words and pairs copied to a stage, if there is such a turn."""
+    WORDS: gl.constexpr = word_stage.shape[0] * word_stage.shape[2]
+    PAIRS: gl.constexpr = pair_stage.shape[0] * pair_stage.shape[2]
+    copy_to_shared(word_stage, words + turn * WORDS, mask=turn < last)
+    copy_to_shared(pair_stage, pairs + turn * PAIRS, mask=turn < last)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _rest(
+    x,
+    weight,
+    scale,
+    M,
+    N,
+    K,
+    row,
+    column,
+    turns,
+    total,
+    DTYPE: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    BK: gl.constexpr,
+    RUN: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """Adds what is left of K after so many turns: part of a turn, of which some warps get nothing."""
+    ALONG: gl.constexpr = MMA.warps_per_cta[0]
+    WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
+    GROUP: gl.constexpr = group_layout(WORD)
+    PAIR: gl.constexpr = x_layout(2, BM, BK, RUN, MMA)
+    left = K - turns * (ALONG * BK)
+    words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
+    word = gl.load(words + turns * (ALONG * BK // 4), mask=_along(ALONG, BK, 4, WORD) < left // 4, other=0)
+    code = gl.load(scales + turns * (ALONG * BK // 32), mask=_along(ALONG, BK, 32, GROUP) < left // 32, other=0)
+    pair = gl.load(pairs + turns * (ALONG * BK // 2), mask=_along(ALONG, BK, 2, PAIR) < left // 2, other=0)
+    return mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+
+
+@gluon.jit
+def _first_turn(
+    x,
+    weight,
+    scale,
+    M,
+    N,
+    K,
+    row,
+    column,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    BK: gl.constexpr,
+    RUN: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """Where each lane finds its words of the weight, its scales and its pairs of x in the first turn."""
+    ALONG: gl.constexpr = MMA.warps_per_cta[0]
+    WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
+    words = _places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
+    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
+    return words, scales, _places(x, row, M, K, ALONG, BM, BK, 2, x_layout(2, BM, BK, RUN, MMA))
+
+
+@gluon.jit
+def _places(
+    base,
+    first,
+    rows,
+    K,
+    ALONG: gl.constexpr,
+    SIZE: gl.constexpr,
+    BK: gl.constexpr,
+    HELD: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Pointers ``[ALONG, SIZE, BK / HELD]`` to what the first turn takes of SIZE rows of a matrix, whose items hold
+    HELD elements of K each.
+
+    Rows past the end are the last one again, and are not stored: loads without masks are faster. K is a multiple of 32:
+    saying so keeps them wide.
+    """
+    row = gl.minimum(first + places_along(SIZE, 1, 3, LAYOUT), rows - 1).to(gl.int64)
+    return base + row * (K // 32 * (32 // HELD)) + _along(ALONG, BK, HELD, LAYOUT)
+
+
+@gluon.jit
+def _along(ALONG: gl.constexpr, BK: gl.constexpr, HELD: gl.constexpr, LAYOUT: gl.constexpr):
+    """Places along K ``[ALONG, 1, BK / HELD]`` within a turn: the warps' parts follow each other."""
+    return places_along(ALONG, 0, 3, LAYOUT) * (BK // HELD) + places_along(BK // HELD, 2, 3, LAYOUT)
+
+
+@gluon.jit
+def _weight_operand(words, codes, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
+    """Words ``[ALONG, BN, BK / 4]`` and codes of scales ``[ALONG, BN, BK / 32]`` decoded, as operand A."""
+    ALONG: gl.constexpr = words.shape[0]
+    BN: gl.constexpr = words.shape[1]
+    BK: gl.constexpr = words.shape[2] * 4
+    by_group = gl.reshape(words, [ALONG, BN, BK // 32, 8])
+    power, _ = gl.broadcast(gl.expand_dims(_power(codes), 3), by_group)
+    power = gl.convert_layout(gl.reshape(power, words.shape), words.type.layout, assert_trivial=True)
+    DECODE: gl.constexpr = _DECODE_BFLOAT16 if DTYPE.is_bf16() else _DECODE_FLOAT16
+    k0, k1, k2, k3 = gl.inline_asm_elementwise(DECODE, "=h,=h,=h,=h,r,f", [words, power], _FOUR_HALVES, True, 1)
+    tile = gl.reshape(gl.join(gl.join(k0, k2), gl.join(k1, k3)), [ALONG, BN, BK])
+    tile = in_order_of_instruction(tile.to(DTYPE, bitcast=True), RUN)
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2))  # the same lanes: only names of registers change
+
+
+@gluon.jit
+def _power(code):
+    """``2**(code - 127)`` by its bits: 0 is the subnormal 2**-127, 255 NaN instead of the infinity that it would be."""
+    bits = gl.maximum(code.to(gl.int32) << 23, 0x00400000)
+    bits = gl.where(bits == 0x7F800000, 0x7FC00000, bits)
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _x_operand(pairs, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
+    """Pairs of elements of x ``[ALONG, BM, BK / 2]`` as operand B."""
+    one, other = halves(pairs)
+    rows = gl.reshape(gl.join(one, other), [pairs.shape[0], pairs.shape[1], pairs.shape[2] * 2])
+    rows = gl.permute(in_order_of_instruction(rows.to(DTYPE, bitcast=True), RUN), (0, 2, 1))
+    return gl.convert_layout(rows, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
