@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 import weakref
 from collections.abc import Hashable, Sequence
@@ -90,10 +91,7 @@ def _ids(items: tuple[object, ...]) -> Hashable:
 
 def _tuples_are_addresses() -> bool:
     """Whether this Python is one of which that is true."""
-    import platform
-    import sys
-
-    if platform.python_implementation() != "CPython":
+    if sys.implementation.name != "cpython":
         return False
     probe = (object(), None, object())
     expected = b"".join(id(each).to_bytes(ctypes.sizeof(ctypes.c_void_p), sys.byteorder) for each in probe)

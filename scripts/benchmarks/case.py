@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mxfp8_ops.packing import PACKED_FOR
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -27,3 +29,8 @@ def run_all(cases: Iterable[Case]) -> int:
         case.run()
         done += 1
     return done
+
+
+def packed_for(dtype: torch.dtype) -> torch.dtype:
+    """For which x a weight is packed that meets x of ``dtype``: float32 makes do with another."""
+    return dtype if dtype in PACKED_FOR else torch.bfloat16

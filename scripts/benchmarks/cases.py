@@ -19,7 +19,7 @@ from mxfp8_ops.format import QUANTIZE_RULES
 from mxfp8_ops.gpu import dispatch, elementwise, hopper, plans
 from mxfp8_ops.packing import PACKED_FOR
 
-from .case import DTYPES, Case
+from .case import DTYPES, Case, packed_for
 
 PACKED_ROWS = (1, 2, 4, 8, 16, 33, 64, 100, 128, 256)
 PACKED_SHAPES = ((136, 288), (300, 384))
@@ -56,8 +56,8 @@ def _dequant(dtype: torch.dtype) -> None:
     weight, scale = _weight(136, 288, extreme=False)
     expected = reference.dequant(weight, scale, dtype)
     torch.testing.assert_close(mxfp8_ops.dequant(weight.cuda(), scale.cuda(), dtype).cpu(), expected)
-    for packed_for in PACKED_FOR:
-        packed = mxfp8_ops.pack(weight, scale, packed_for).cuda()
+    for each in PACKED_FOR:
+        packed = mxfp8_ops.pack(weight, scale, each).cuda()
         torch.testing.assert_close(elementwise.dequant_packed(packed, 136, 288, dtype).cpu(), expected)
 
 
@@ -123,8 +123,7 @@ def _linear(problem: Problem, linear: Linear) -> None:
         x = (torch.randn(problem.m, problem.k) / 4).to(problem.dtype)
         bias = torch.randn(problem.n).to(problem.dtype) if problem.bias else None
         canonical = _weight(problem.n, problem.k, extreme)
-        packed_for = problem.dtype if problem.dtype in PACKED_FOR else torch.bfloat16
-        stored = (mxfp8_ops.pack(*canonical, packed_for),) if problem.packed else canonical
+        stored = (mxfp8_ops.pack(*canonical, packed_for(problem.dtype)),) if problem.packed else canonical
         on_device = None if bias is None else bias.cuda()
         actual = linear(problem, x.cuda(), tuple(each.cuda() for each in stored), on_device)
         expected = reference.linear(x.float(), *canonical, None if bias is None else bias.float())

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mxfp8_ops
-from mxfp8_ops.packing import PACKED_FOR
 
 from . import cpu_kernels
 from .bandwidth import bandwidth
+from .case import packed_for
 from .devices import Device
 from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Record, Shape
 from .timing import Calls, cliffs, summary
@@ -176,7 +176,7 @@ class Weight:
         canonical = mxfp8_ops.quantize(dense)
         folded = mxfp8_ops.dequant(*canonical, dtype)
         if device.packs:
-            packed = mxfp8_ops.pack(*canonical, dtype if dtype in PACKED_FOR else torch.bfloat16)
+            packed = mxfp8_ops.pack(*canonical, packed_for(dtype))
             return Weight(dense, canonical, packed, folded, packed)
         weight, scale = canonical
         stored = torch.cat([weight.view(torch.uint8).flatten(), scale.flatten()])
