@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import options as known
 from benchmarks import plot, render
+from benchmarks import stored as stored_runs
 from benchmarks.options import Options, Record, Run, Shape
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_device(args)
     try:
         check_files(args)
-        stored = None if args.from_json is None else known.load(args.from_json)
+        stored = None if args.from_json is None else stored_runs.load(args.from_json, known.SECTIONS)
     except (OSError, ValueError) as error:
         return failed(error)
     try:
@@ -67,14 +68,18 @@ def parser() -> argparse.ArgumentParser:
         "--no-emulation", action="store_true", help="leave out the weight dequantized by torch in every call"
     )
     new.add_argument("--quick", action="store_true", help="two shapes, fewer rows and replays: under two minutes")
-    new.add_argument("--json", type=Path, metavar="FILE", help="store the run, after every result")
+    new.add_argument(
+        "--json", type=Path, metavar="FILE", help="store the run, after every result; with --from-json: what is shown"
+    )
     new.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
     new.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the section linear; needs matplotlib")
     new.add_argument(
         "--from-json",
+        nargs="+",
         type=Path,
         metavar="FILE",
-        help="measure nothing: show a stored run (without --markdown and --plot: print its page)",
+        help="measure nothing: show a stored run, with what later ones measured again (without --markdown and "
+        "--plot: print its page)",
     )
     return new
 
@@ -169,13 +174,15 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def show(run: Record, args: argparse.Namespace) -> int:
     if args.plot is not None and not run["sections"].get("linear"):
-        return failed(f"there is nothing to plot: {args.from_json} has no results of the section linear")
+        return failed(f"there is nothing to plot: {args.from_json[0]} has no results of the section linear")
     if args.markdown is None and args.plot is None:
         print(render.markdown(run), end="")
     return write(run, args)
 
 
 def write(run: Record, args: argparse.Namespace) -> int:
+    if args.json is not None:
+        known.store(run, args.json)
     if args.markdown is not None:
         args.markdown.write_text(render.markdown(run))
         print(f"wrote {args.markdown}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import model_lines, model_page, options
 from benchmarks import model_options as known
+from benchmarks import stored as stored_runs
 from benchmarks.jobs import jobs, run
 from benchmarks.model_options import ModelOptions
 from benchmarks.options import Record, Run
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words)
     try:
         check_files(args)
-        stored = None if args.from_json is None else load(args.from_json)
+        stored = None if args.from_json is None else stored_runs.load(args.from_json, known.SECTIONS)
         return measure(args, words) if stored is None else show(stored, args)
     except (OSError, ValueError) as error:
         print(f"bench_model: {error}", file=sys.stderr)
@@ -60,10 +61,16 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--limit", type=positive, default=default.limit, metavar="SECONDS", help="of a process; default: 180"
     )
-    new.add_argument("--json", type=Path, metavar="FILE", help="store the run, after every result")
+    new.add_argument(
+        "--json", type=Path, metavar="FILE", help="store the run, after every result; with --from-json: what is shown"
+    )
     new.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
     new.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="measure nothing: show a stored run (without --markdown: print)"
+        "--from-json",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: show a stored run, with what later ones measured again (without --markdown: print)",
     )
     return new
 
@@ -79,13 +86,6 @@ def check_files(args: argparse.Namespace) -> None:
     for path in (args.json, args.markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-
-
-def load(path: Path) -> Record:
-    stored = options.load(path)
-    if not set(stored["sections"]) <= set(known.SECTIONS):
-        raise ValueError(f"{path} is a run of another benchmark, with the sections {', '.join(stored['sections'])}")
-    return stored
 
 
 def selected(args: argparse.Namespace) -> ModelOptions:
@@ -169,6 +169,8 @@ def show(stored: Record, args: argparse.Namespace) -> int:
 
 
 def write(stored: Record, args: argparse.Namespace) -> None:
+    if args.json is not None:
+        options.store(stored, args.json)
     if args.markdown is not None:
         args.markdown.write_text(model_page.markdown(stored))
         print(f"wrote {args.markdown}")

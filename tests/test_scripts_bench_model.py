@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,6 +183,45 @@ def test_a_stored_run_is_shown_section_by_section(bench: ModuleType, tmp_path: P
     assert "| warm | 14.0 | 4.0 | 1 | 0 | 1 | 0 | 0 | 0 |" in text
     assert "| folded | 1100 | 2215 | 2147 | 2.0 | 2.0 |" in text
     assert "stale" not in text
+
+
+def later(tmp_path: Path, name: str, sections: dict[str, Any], **environment: str) -> Path:
+    path = tmp_path / f"{name}.json"
+    found = RUN["environment"] | {"command": f"python {name}.py", "date": "later"} | environment
+    path.write_text(json.dumps(RUN | {"sections": sections, "environment": found}))
+    return path
+
+
+def test_of_several_stored_runs_every_record_is_the_latest_and_the_page_says_whose(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    kept, emulation = ({"variant": name, "agreement": None, "seconds": 5.0} | MODEL for name in ("kept", "emulation"))
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(RUN))
+    second = later(tmp_path, "second", {"model": [kept | {"ms": 3.0}, emulation | {"ms": 9.0}], "trace": []})
+    third = later(tmp_path, "third", {"merge": [RUN["sections"]["merge"][0] | {"error": 0.5}]})
+    joined, page = tmp_path / "joined.json", tmp_path / "page.md"
+    two = bench.main(["--from-json", str(first), str(second), "--json", str(joined)])
+    three = bench.main(["--from-json", str(joined), str(third), "--markdown", str(page)])
+    assert (two, three) == (0, 0)
+    text = page.read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| bf16", "| kept", "| emul", "| 16 "))]
+    assert [row[0] for row in rows] == ["| 16", "| bf16", "| kept", "| emulation"]
+    assert [row[3] for row in rows] == ["5.0e-01 |", "4.000", "3.000", "9.000"]
+    assert "failed" not in text
+    assert re.findall("Measured by .*", text) == [
+        "Measured by `python third.py` (later).",
+        "Measured by `python x.py` (today), and by `python second.py` (later).",
+    ]
+    once = bench.stored_runs.load([first], bench.known.SECTIONS)
+    assert (once["sections"], once["sources"]) == (RUN["sections"], {})
+
+
+def test_runs_of_different_machines_do_not_share_a_page(bench: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    paths = [later(tmp_path, "here", {"model": []}), later(tmp_path, "there", {"model": []}, device="Another GPU")]
+    assert bench.main(["--from-json", *map(str, paths)]) == 2
+    reason = f"{paths[1]} cannot stand on one page with the run before it: device Another GPU instead of Some GPU"
+    assert capsys.readouterr().err == f"bench_model: {reason}\n"
 
 
 def test_every_record_is_one_line(bench: ModuleType) -> None:

@@ -44,6 +44,7 @@ def records(options: ModelOptions) -> Iterator[tuple[str, Record]]:
     mxfp8_ops.pack_(eager)
     for m in options.rows:
         x = torch.randn(m, SIZE, dtype=torch.bfloat16, device=options.device)
+        torch._dynamo.mark_static_address(x)  # as it is for a CUDA graph of eager calls: else each replay copies it
         kernel = eager_times(eager, quantized, x, options.rounds)
         for mode in MODES:
             torch.compiler.reset()

@@ -44,7 +44,7 @@ def records(options: ModelOptions, variant: str, sections: Sequence[str], folder
             agreement = compare(result, variant, Path(folder) / f"reference-{batch}.pt")
             yield (
                 "model",
-                {"variant": variant, "batch": batch}
+                {"variant": variant + ", lm_head too" * options.quantize_head, "batch": batch}
                 | timing(result, batch)
                 | {"compile_s": decoder.seconds, "cudagraph_skips": decoder.skips, "linear_bytes": size}
                 | (memory() if on_gpu else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from . import stored
 from .cell import table
 from .model_options import CHAINED
 from .options import Record
@@ -28,6 +29,7 @@ def markdown(run: Record) -> str:
         lines += ["", *failed] if measured and failed else failed
         skips = sum(record.get("cudagraph_skips", 0) for record in measured if record.get("mode") != "default")
         lines += ["", f"Graphs that Inductor would not make CUDA graphs of: {skips}."] if skips else []
+        lines += stored.origin(run, section)
     return "\n".join(lines) + "\n"
 
 
@@ -43,9 +45,8 @@ def header(run: Record) -> str:
 def _blocks_page(records: Sequence[Record], options: Record) -> Iterator[str]:
     yield f"{CHAINED} linears of 4096 x 4096 in a row with a relu after each: microseconds a layer. Beside default"
     yield "mode eager packed is the eager model, called; beside reduce-overhead, and without relu where kernels are"
-    yield "alone, a CUDA graph of what was called eagerly. Compiled code under"
-    yield "reduce-overhead begins every replay with a copy of x into memory of its own; the eager graph does not."
-    yield "(In torch's profiler some 14 us a replay; the kernels after it take as long as the eager ones.)"
+    yield "alone, a CUDA graph of what was called eagerly. x stays where it is in memory, which Dynamo is told, so"
+    yield "that no CUDA graph has to copy it."
     yield ""
     names = list(records[0]["us"])
     rows = ([r["mode"], str(r["m"]), *(f"{r['us'][name]:.2f}" for name in names)] for r in records)
@@ -66,14 +67,14 @@ def _merge_page(records: Sequence[Record], options: Record) -> Iterator[str]:
 
 
 def _model_page(records: Sequence[Record], options: Record) -> Iterator[str]:
-    head = "and lm_head are MXFP8" if options["quantize_head"] else "are MXFP8, lm_head is not"
     shape = "TinyLlama" if options["device"] == "cpu" else "Llama-3-8B"
     size = "A tiny Llama" if options["tiny"] else f"A model of {shape}'s shape"
-    yield f"{size} with {options['layers']} layers and random weights; its linears {head}. One compiled step"
-    yield f"on a static cache decodes greedily: {options['steps']} tokens after {options['prompt'] + 1}, the median of"
-    yield f"{options['repeats']} times. The variant bf16 has plain linears with the values of the MXFP8 weights, and"
-    yield "the others are compared with it: logits of the first step by the largest difference, and how many tokens are"
-    yield "the same until the first one that is not, on average over the batch."
+    yield f"{size} with {options['layers']} layers and random weights; its linears are MXFP8, lm_head where it"
+    yield f"says so. One compiled step on a static cache decodes greedily: {options['steps']} tokens after"
+    yield f"{options['prompt'] + 1}, the median of {options['repeats']} times. The variant bf16 has plain linears with"
+    yield "the values of the MXFP8 weights, and variants of its run are compared with it: logits of the first step by"
+    yield "the largest difference, and how many tokens are the same until the first one that is not, on average over"
+    yield "the batch."
     yield ""
     names = ("variant", "batch", "tokens/s", "ms a step", "linears, GB", "allocated, GB", "peak, GB")
     agreement = ("logits differ by", "largest logit", "same tokens")

@@ -90,26 +90,15 @@ class Run:
         self._store()
 
     def _store(self) -> None:
-        if self.path is None:
-            return
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(unfinished, self.path)
+        if self.path is not None:
+            store(self.data, self.path)
 
 
-def load(path: Path) -> Record:
-    """The data of a stored run.
-
-    Raises:
-        OSError: the file cannot be read. ValueError: it holds something else.
-    """
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("sections"), dict):
-        raise ValueError(f"{path} is not a run of this benchmark (format {FORMAT})")
-    return data
+def store(run: Record, path: Path) -> None:
+    """A run as JSON: the file is as it was before, or complete."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(run, indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def shapes_of(records: Iterable[Record]) -> list[Shape]:

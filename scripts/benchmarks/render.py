@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from . import bars, cell, cpu_page
+from . import bars, cell, cpu_page, stored
 from .options import HOST_SHAPE, Record, shapes_of
 
 MOST_ROWS_IN_R = 16
@@ -74,7 +74,7 @@ def markdown(run: Record) -> str:
     lines = [f"# {run['environment']['device']}", "", header(run), "", *method, "", *_verdict(run)]
     for section, records in run["sections"].items():
         if records:
-            lines += ["", *pages[section](records)]
+            lines += ["", *pages[section](records), *stored.origin(run, section)]
     return "\n".join(lines) + "\n"
 
 
