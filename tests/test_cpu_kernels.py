@@ -224,7 +224,7 @@ def test_error_is_no_larger_than_that_of_f_linear(level: Calls, m: int, dtype: t
     assert ours <= theirs * (1.5 if dtype == torch.float32 else 1.001)
 
 
-@pytest.mark.parametrize("m", [1, 3, 8, 16, 40])
+@pytest.mark.parametrize("m", [1, 3, 8, 24, 40])
 @pytest.mark.parametrize("exponent", [-133, -126, -110, -71, -70, -50, 50, 100])
 def test_x_of_any_magnitude(level: Calls, m: int, exponent: int) -> None:
     """Where products of bfloat16 would be flushed to zero, they are not."""
@@ -248,7 +248,7 @@ def test_nan_and_infinity_in_x_stay_in_their_rows(level: Calls, m: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 4, 16, 40])
+@pytest.mark.parametrize("m", [1, 4, 24, 40])
 @pytest.mark.parametrize("byte", [0, 1, 86, 87, 111, 112, 134, 135, 167, 168, 255])
 def test_one_block_of_another_scale_among_others(level: Calls, m: int, byte: int, dtype: torch.dtype) -> None:
     _, weight, scale, _ = exact_linear_inputs(1, 13, 288, dtype)

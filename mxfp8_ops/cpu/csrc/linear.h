@@ -141,27 +141,36 @@ void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
 
 // --- matrix tiles ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFewestTiled = 4;  // rows of x
+constexpr int64_t kFewestTiled = 3;  // rows of x
 
 // Rows [m, last_m) of x, packed as pack_x leaves them.
 inline void linear_tiled(const Problem<bf16>& p, const bf16* packed, int64_t m, int64_t last_m) {
   static thread_local Buffer buffer;
-  const int64_t columns = packed_columns(p.k), groups = (last_m - m + kTile - 1) / kTile, group = columns / 2 * kTile;
+  const int64_t count = last_m - m, columns = packed_columns(p.k), groups = (count + kTile - 1) / kTile;
+  const int64_t of_group = count <= 4 ? 4 : count <= 8 ? 8 : kTile;  // rows of x: fewer leave more of the L1 cache
+  const int64_t group = columns / 2 * of_group;
   uint32_t* pairs = buffer.at_least<uint32_t>(groups * group);
-#pragma omp parallel for num_threads(p.threads) if (groups > 1 && p.threads > 1)
-  for (int64_t v = 0; v < groups; v++) {
-    int64_t row = m + v * kTile, rows = std::min<int64_t>(last_m - row, kTile);
-    pair_x(packed + row * columns, rows, columns, kTile, 0, columns / 2, pairs + v * group);
-  }
-  const int64_t together = kTileRows * (groups > 2 ? kTogether : 1), width = groups * kTile;
+  const int threads = threads_for(8 * groups * group, p.threads);
+  in_portions(columns / 2, 8 * of_group, threads, kAnyTile, [&](int64_t first, int64_t last) {
+    for (int64_t v = 0; v < groups; v++) {
+      int64_t row = m + v * kTile, rows = std::min<int64_t>(last_m - row, kTile);
+      pair_x(packed + row * columns, rows, columns, of_group, first, last, pairs + v * group);
+    }
+  });
+  const int64_t together = groups > 2 ? kTileRows * kTogether : kTile, width = groups * of_group;
   in_portions(p.n, p.k, p.threads, together, [&](int64_t row, int64_t last) {
     static thread_local Buffer own;
     float* sums = own.at_least<float>(together * width);
-    Tiles tiles;
+    Tiles tiles(of_group);
     for (; row < last; row += together) {
       bool good[kTogether];
       const int64_t next = std::min(row + together, last);
-      tiled_rows(p, pairs, groups, row, next, sums, good);
+      if (groups > 2) {
+        tiled_rows(p, pairs, groups, row, next, sums, good);
+      } else {
+        auto tile = groups == 1 ? streamed_tile<1> : streamed_tile<2>;
+        good[0] = tile(p, pairs, of_group, row, static_cast<int>(next - row), sums);
+      }
       for (int64_t r = row; r < next; r++) {
         if (!good[(r - row) / kTileRows]) write_exact(p, m, last_m, r, r + 1);
       }
