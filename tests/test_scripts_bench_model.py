@@ -141,7 +141,8 @@ RUN: dict[str, Any] = {
             {"mode": "default", "m": 1, "us": BLOCK | {"kept": 30.0}, "cudagraph_skips": 0, "seconds": 20.0},
         ],
         "merge": [
-            {"m": 16, "us": {"apart": 80.0, "merged": 75.5}, "error": 0.004, "cudagraph_skips": 0, "seconds": 9.0}
+            {"m": 16, "us": {"apart": 80.0, "merged": 75.5}, "error": 0.004, "seconds": 9.0}
+            | {"error of one block": 0.001, "cudagraph_skips": 0}
         ],
         "model": [
             {"variant": "bf16", "agreement": None, "allocated": 2e10, "peak": 2.1e10, "seconds": 50.0} | MODEL,
@@ -174,7 +175,7 @@ def test_a_stored_run_is_shown_section_by_section(bench: ModuleType, tmp_path: P
     assert "In mode reduce-overhead, kept takes at most 0.96 of eager packed." in text
     assert "In mode default, kept takes at most 4.80 of eager packed." in text
     assert text.count("Graphs that Inductor would not make CUDA graphs of") == 1
-    assert "| 16 | 80.0 | 75.5 | 4.0e-03 |" in text
+    assert "| 16 | 80.0 | 75.5 | 4.0e-03 | 1.0e-03 |" in text
     assert "| bf16 | 1 | 250.0 | 4.000 | 7.500 | 20.000 | 21.000 |  |  |  | 30.0 |" in text
     assert "| kept | 1 | 250.0 | 4.000 | 7.500 | 10.000 | 11.000 | 0.031 | 6.5 | 90.5 of 129 | 30.0 |" in text
     assert "\n\nemulation failed: it took more than 180 s\n" in text
@@ -207,7 +208,7 @@ def test_of_several_stored_runs_every_record_is_the_latest_and_the_page_says_who
     text = page.read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| bf16", "| kept", "| emul", "| 16 "))]
     assert [row[0] for row in rows] == ["| 16", "| bf16", "| kept", "| emulation"]
-    assert [row[3] for row in rows] == ["5.0e-01 |", "4.000", "3.000", "9.000"]
+    assert [row[3] for row in rows] == ["5.0e-01", "4.000", "3.000", "9.000"]
     assert "failed" not in text
     assert re.findall("Measured by .*", text) == [
         "Measured by `python third.py` (later).",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,19 @@ def records(options: ModelOptions) -> Iterator[tuple[str, Record]]:
             "merged": compiled.step_of(compiled.compile_as("kept", quantized, True, merge_linears=True), x),
         }
         us = compiled.medians(compiled.device_times(calls, options.rounds), BLOCKS)
-        apart, merged = (_result(calls[name]) for name in ("apart", "merged"))
-        error = float(((merged - apart).norm() / apart.norm()).item())
-        yield "merge", {"m": m, "us": us, "error": error, "cudagraph_skips": compiled.cudagraph_skips()}
+        error, skips = _difference(calls["apart"], calls["merged"]), compiled.cudagraph_skips()
+        of_one = _difference(*(partial(_one(quantized[0], merge), x) for merge in (False, True)))
+        yield "merge", {"m": m, "us": us, "error": error, "error of one block": of_one, "cudagraph_skips": skips}
+
+
+def _one(block: nn.Module, merge: bool) -> Callable[[Tensor], Tensor]:
+    return compiled.compile_as("kept", block, False, merge_linears=merge)
+
+
+def _difference(apart: compiled.Call, merged: compiled.Call) -> float:
+    """Between the results of two calls: the norm of the difference over the norm."""
+    one, other = (_result(call) for call in (apart, merged))
+    return float(((other - one).norm() / one.norm()).item())
 
 
 def _result(call: compiled.Call) -> Tensor:
