@@ -33,9 +33,10 @@ from .graph import (
     value_of,
     view_name,
 )
-from .report import KEPT, PENDING, UNMATCHED, GraphReport, Identity, PlainLinear, WeightReport
+from .report import GraphReport
 from .slots import Pair, Request
 from .text import dtype_name
+from .weights import KEPT, PENDING, UNMATCHED, Identity, PlainLinear, WeightReport
 
 Tensors = Callable[[fx.Node], Any]
 """The tensor behind a graph input, None where there is none to be had."""

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from mxfp8_ops import settings
 
 from . import compat
-from .report import FOLDED, WeightReport
 from .watch import Watch
+from .weights import FOLDED, WeightReport
 
 log = logging.getLogger(__name__)
 

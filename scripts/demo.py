@@ -35,7 +35,8 @@ from torch import Tensor
 import lowering
 import mxfp8_ops
 from lowering.inspect.targets import Failure, demo_folder
-from lowering.report import FOLDED, KEPT, GraphReport
+from lowering.report import GraphReport
+from lowering.weights import FOLDED, KEPT
 from mxfp8_ops import environment
 
 SHOWN_LAYER = "encoder.layer.0.attention.self."

@@ -19,8 +19,9 @@ from selenium.webdriver.common.by import By
 from torch import Tensor, nn
 
 from lowering.inspect import Report, html
-from lowering.report import GeneratedCode, GraphReport, PlainLinear, WeightReport
+from lowering.report import GeneratedCode, GraphReport
 from lowering.text import Line
+from lowering.weights import PlainLinear, WeightReport
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 FLAGS += ("--disable-component-update", "--disable-sync")

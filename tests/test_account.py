@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import lowering
 import mxfp8_ops
-from lowering import compat, report
-from lowering.report import GraphReport, Identity, Memory, WeightReport
+from lowering import compat, report, weights
+from lowering.report import GraphReport
+from lowering.weights import Identity, Memory, WeightReport
 from mxfp8_ops import ops
 
 
@@ -148,9 +149,9 @@ def test_peak_memory_counts_a_copy_before_its_packed_bytes_are_released() -> Non
     def row(before: int, after: int, dequantized: int) -> WeightReport:
         return WeightReport("w", (1, 1), "folded", "", before, after, bytes_dequantized=dequantized)
 
-    assert report.memory([row(10, 30, 20), row(10, 30, 20)]) == Memory(before=20, peak=60, after=60)
-    assert report.memory([row(10, 20, 20), row(10, 20, 20)]) == Memory(before=20, peak=50, after=40)
-    assert report.memory([WeightReport("w", (1, 1), "kept", "", 10, 10)]) == Memory(10, 10, 10)
+    assert weights.memory([row(10, 30, 20), row(10, 30, 20)]) == Memory(before=20, peak=60, after=60)
+    assert weights.memory([row(10, 20, 20), row(10, 20, 20)]) == Memory(before=20, peak=50, after=40)
+    assert weights.memory([WeightReport("w", (1, 1), "kept", "", 10, 10)]) == Memory(10, 10, 10)
 
 
 def test_one_tensor_is_one_weight_whatever_two_graphs_call_it() -> None:
@@ -271,7 +272,7 @@ def test_packed_weight_that_layers_share_is_counted_once() -> None:
     assert [len(graph.weights) for graph in graphs] == [1, 1]
     (row,) = report.distinct(graphs)
     size = first.weight_packed.nbytes
-    assert report.memory([row]) == Memory(size, size, size)
+    assert weights.memory([row]) == Memory(size, size, size)
 
 
 def test_packed_weights_in_a_stack_are_told_apart() -> None:

@@ -291,12 +291,12 @@ def test_model_without_mxfp8_says_so() -> None:
     validate(report)
 
 
-def test_five_hundred_linears_are_all_accounted_for_in_one_graph() -> None:
-    model = nn.Sequential(*[layer(64, 64, seed=i) for i in range(500)])
+def test_two_hundred_linears_are_all_accounted_for_in_one_graph() -> None:
+    model = nn.Sequential(*[layer(64, 64, seed=i) for i in range(200)])
     with torch.no_grad():
         report = lowering.explain(model, rows(), dequant_at_load=True)
-    assert report.counts == {"folded": 500, "kept": 0, "unmatched": 0}
+    assert report.counts == {"folded": 200, "kept": 0, "unmatched": 0}
     (graph,) = report.graphs
-    assert [line.weights for line in graph.lines("after") if line.reads] == [(f"{i}.weight",) for i in range(500)]
+    assert [line.weights for line in graph.lines("after") if line.reads] == [(f"{i}.weight",) for i in range(200)]
     assert {row.kernel for row in report.weights} == {"extern_kernels.addmm"}
     validate(report)

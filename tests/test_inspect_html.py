@@ -13,7 +13,8 @@ from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 
 from lowering.inspect import Report, html
-from lowering.report import GraphBreak, PlainLinear
+from lowering.report import GraphBreak
+from lowering.weights import PlainLinear
 
 # --- loading ------------------------------------------------------------------------------------------------
 

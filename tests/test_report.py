@@ -12,8 +12,8 @@ import torch
 from models import Chain, folding, layer, rows
 from torch import Tensor, nn
 
-from lowering import report
-from lowering.report import WeightReport
+from lowering import report, weights
+from lowering.weights import WeightReport
 from mxfp8_ops import ops
 
 
@@ -78,7 +78,7 @@ def test_captures_nest_and_see_other_threads() -> None:
 
 
 def test_table_is_plain_text_with_totals() -> None:
-    table = report.format_table(
+    table = weights.format_table(
         [
             WeightReport("up.weight", (64, 32), "folded", "dequantized to bfloat16", 2112, 6208, "aten.mm"),
             WeightReport("down.weight", (7, 32), "kept", "the flag is not on", 231, 231, "mxfp8.linear (reference)"),

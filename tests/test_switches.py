@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lowering
 import mxfp8_ops
-from lowering import passes, report
+from lowering import passes, report, weights
 from mxfp8_ops import environment, ops, settings
 from mxfp8_ops.cpu import library as kernels
 
@@ -144,7 +144,7 @@ def test_kernel_name_of_a_packed_linear_says_what_the_chip_does(
     monkeypatch.setattr(dispatch, "_gluon", True)
     device = torch.device("cuda", 0)
     assert ops.kernel_name("linear_packed", device) == packed
-    assert report.kernel_text("mxfp8.linear_packed", "cuda:0") == f"mxfp8.linear_packed ({packed})"
+    assert weights.kernel_text("mxfp8.linear_packed", "cuda:0") == f"mxfp8.linear_packed ({packed})"
     assert ops.kernel_name("linear", device) == ops.kernel_name("dequant", device) == "cuda"
     monkeypatch.setattr(dispatch, "_gluon", False)  # its kernels did not compile
     assert ops.kernel_name("linear_packed", device) == "cuda, dequantized in every call"

@@ -25,7 +25,7 @@ import torch
 import mxfp8_ops
 from mxfp8_ops import environment
 
-from ..report import ACTIONS
+from ..weights import ACTIONS
 from . import document, explain, html
 from .summary import Report
 from .targets import Failure, Target, load, one_line

@@ -15,8 +15,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..report import ACTIONS, AFTER, BEFORE, GraphReport
+from ..report import AFTER, BEFORE, GraphReport
 from ..text import Line
+from ..weights import ACTIONS
 from . import diff
 from .document import document
 from .summary import Report

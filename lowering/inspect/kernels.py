@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..report import POST_GRAD, GraphReport, kernel_text
+from ..report import POST_GRAD, GraphReport
+from ..weights import kernel_text
 
 _HANDLES = re.compile(r"# \[Provenance debug handles\] (.*)")
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[(.*?)\]")

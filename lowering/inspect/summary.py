@@ -9,8 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .. import report
-from ..report import ACTIONS, GraphBreak, GraphReport, Memory, PlainLinear, WeightReport
+from .. import report, weights
+from ..report import GraphBreak, GraphReport
+from ..weights import ACTIONS, Memory, PlainLinear, WeightReport
 
 
 @dataclass(repr=False)
@@ -57,7 +58,7 @@ class Report:
     @property
     def memory(self) -> Memory:
         """Bytes of the weights before, at most during, and after the compile."""
-        return report.memory(self.weights)
+        return weights.memory(self.weights)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -128,7 +129,7 @@ class Report:
         return f"<Report on {self.title or 'a compile'}: {self.label}, {counts}>"
 
     def __str__(self) -> str:
-        lines = [report.format_table(self.weights)] if self.weights else []
+        lines = [weights.format_table(self.weights)] if self.weights else []
         for number, graph in enumerate(self.graphs, start=1):
             if graph.graph_break is not None:
                 lines.append(f"graph {number} of {len(self.graphs)} ends at a graph break: {graph.graph_break}")

@@ -20,7 +20,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from ..report import AFTER, BEFORE, FOLDED, KEPT, UNMATCHED, GraphReport, WeightReport
+from ..report import AFTER, BEFORE, GraphReport
+from ..weights import FOLDED, KEPT, UNMATCHED, WeightReport
 from . import diff
 from .summary import Report
 
