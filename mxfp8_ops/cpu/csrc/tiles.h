@@ -112,8 +112,8 @@ inline void multiply_step(const bf16 panel[kTile][kStep], const uint32_t* pairs,
 // weight never pauses. With 32 rows, or longer steps, what was asked for would leave the L1 cache before it is used. False as
 // in dot_tile.
 template <int V>
-__attribute__((noinline)) bool streamed_tile(const Problem<bf16>& p, const uint32_t* pairs, int64_t width, int64_t row, int rows,
-                                             float* sums) {
+__attribute__((noinline)) bool streamed_tile(const Problem<bf16>& p, const uint32_t* pairs, int64_t width, int64_t row,
+                                             int rows, float* sums) {
   if (!are_within(kTableRange<bf16>, p.scales_of(row), rows * (p.k / kBlock))) return false;
   alignas(64) bf16 panel[kTile][kStep] = {};
   const int64_t step_of_x = kStep / 2 * width, group = packed_columns(p.k) / 2 * width;
