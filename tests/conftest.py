@@ -29,6 +29,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the pr
         atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
 
 
+LONGEST = ("test_scripts", "test_scripts_bench_model", "test_aoti", "test_checkpoint_loading", "test_transformers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take a minute come first: in the end they would keep one worker busy, and the others waiting."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels_compiled_once() -> Iterator[None]:
     """Where caches are disabled a graph is made again, but not what was compiled of the same C++ before."""
