@@ -177,12 +177,12 @@ def show(run: Record, args: argparse.Namespace) -> int:
         return failed(f"there is nothing to plot: {args.from_json[0]} has no results of the section linear")
     if args.markdown is None and args.plot is None:
         print(render.markdown(run), end="")
+    if args.json is not None:
+        known.store(run, args.json)
     return write(run, args)
 
 
 def write(run: Record, args: argparse.Namespace) -> int:
-    if args.json is not None:
-        known.store(run, args.json)
     if args.markdown is not None:
         args.markdown.write_text(render.markdown(run))
         print(f"wrote {args.markdown}")

@@ -164,13 +164,13 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> int:
 def show(stored: Record, args: argparse.Namespace) -> int:
     if args.markdown is None:
         print(model_page.markdown(stored), end="")
+    if args.json is not None:
+        options.store(stored, args.json)
     write(stored, args)
     return 0
 
 
 def write(stored: Record, args: argparse.Namespace) -> None:
-    if args.json is not None:
-        options.store(stored, args.json)
     if args.markdown is not None:
         args.markdown.write_text(model_page.markdown(stored))
         print(f"wrote {args.markdown}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -65,12 +65,9 @@ def records(options: ModelOptions) -> Iterator[tuple[str, Record]]:
         }
         us = compiled.medians(compiled.device_times(calls, options.rounds), BLOCKS)
         error, skips = _difference(calls["apart"], calls["merged"]), compiled.cudagraph_skips()
-        of_one = _difference(*(partial(_one(quantized[0], merge), x) for merge in (False, True)))
+        one = (compiled.compile_as("kept", quantized[0], False, merge_linears=merge) for merge in (False, True))
+        of_one = _difference(*(partial(block, x) for block in one))
         yield "merge", {"m": m, "us": us, "error": error, "error of one block": of_one, "cudagraph_skips": skips}
-
-
-def _one(block: nn.Module, merge: bool) -> Callable[[Tensor], Tensor]:
-    return compiled.compile_as("kept", block, False, merge_linears=merge)
 
 
 def _difference(apart: compiled.Call, merged: compiled.Call) -> float:
