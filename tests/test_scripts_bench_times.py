@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -144,3 +145,31 @@ def test_columns_take_turns_and_short_graphs_are_repeated(bench: ModuleType) -> 
     assert times == {"a": [300.0] * 4, "b": pytest.approx([40.0] * 4), "c": pytest.approx([1.0] * 4)}
     assert cuda.captures == 5  # b and c again: 5 and 32 times
     assert "".join(cuda.replayed[-15:]) == "abc" * 5
+
+
+def test_a_call_takes_what_the_device_takes_though_the_host_prepares_it_for_long(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = importlib.import_module("benchmarks.compiled")
+    host, device = 0.0, 0.0  # until when they have work
+
+    def call(prepared: float, computed: float) -> None:
+        nonlocal host, device
+        host += prepared
+        device = max(device, host) + computed
+
+    def synchronize() -> None:
+        nonlocal host
+        host = max(host, device)
+
+    def event(enable_timing: bool) -> Any:
+        made = SimpleNamespace()
+        made.record = lambda: setattr(made, "at", max(device, host))
+        made.elapsed_time = lambda other: (other.at - made.at) / 1000
+        return made
+
+    columns = {"device": partial(call, 270.0, 500.0), "host": partial(call, 700.0, 500.0)}
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled.torch, "cuda", SimpleNamespace(Event=event, synchronize=synchronize))
+        times = compiled.device_times(columns, 3)
+    assert times == {"device": [500.0] * 3, "host": [700.0] * 3}
