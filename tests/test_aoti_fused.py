@@ -160,7 +160,7 @@ def test_kernel_compiles_for_every_chip_and_finds_its_shared_memory(chip: Chip, 
         x, out = torch.empty(rows, 4096, dtype=dtype), torch.empty(rows, 4096, dtype=dtype)
         weight = torch.empty(4096, 4096, dtype=torch.float8_e4m3fn if chip.has_e4m3 else torch.uint8)
         arguments = x, weight, torch.empty(4096, 128, dtype=torch.uint8), x, out, rows, 4096, 4096
-    launch = Launch(portable.kernel, (1,), arguments, (False, chip.has_e4m3, *sizes.values()), warps)
+    launch = Launch(portable.mxfp8_linear_portable, (1,), arguments, (False, chip.has_e4m3, *sizes.values()), warps)
     assert compile_for(launch, chip.target).metadata.shared <= chip.shared
 
 

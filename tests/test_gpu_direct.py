@@ -88,7 +88,7 @@ def added(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
 def directly(
     gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, plan: plans.Direct
 ) -> Tensor:
-    """What ``direct.kernel`` computes, program by program, with x at the very end of its memory."""
+    """What ``direct.mxfp8_linear_direct`` computes, program by program, with x at the very end of its memory."""
     m, k = x.shape
     out = torch.full((m, n), torch.nan, dtype=x.dtype)
     pointers = (x.contiguous().view(torch.int32), packed, x if bias is None else bias, out)
@@ -96,7 +96,7 @@ def directly(
     constants = (*plan.constants, ragged, packing.packed_for(packed) == torch.float16, bias is not None)
     for program in range(plan.programs(n)):
         gluon.program_id = lambda _, program=program: program
-        direct.kernel(*map(Pointer, pointers), m, n, k, *constants)
+        direct.mxfp8_linear_direct(*map(Pointer, pointers), m, n, k, *constants)
     return out
 
 

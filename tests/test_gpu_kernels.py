@@ -47,7 +47,7 @@ def test_gemv_compiles_for_every_target_and_reads_16_bytes_at_a_time(capability:
     types |= {"rows": "i32", "N": "i32", "K": "i32"}
     outputs, elements, warps = gemv.configuration(4096, m)
     sizes = {"M": m, "BN": outputs, "BK": elements, "EXACT_BK": 256, "LOWEST": 3, "HIGHEST": 246}
-    text = ptx(gemv._kernel, capability, warps, types, HAS_BIAS=True, NATIVE=native, **sizes)
+    text = ptx(gemv.mxfp8_linear_gemv, capability, warps, types, HAS_BIAS=True, NATIVE=native, **sizes)
     assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", text)
     assert ("cvt.rn.f16x2.e4m3x2" in text) == native
 
@@ -69,9 +69,9 @@ def test_mma_compiles_and_its_loop_moves_nothing_between_lanes(capability: int, 
     constants = {"DTYPE": language.bfloat16 if dtype == "bf16" else language.float16, "HAS_BIAS": True}
     constants |= {"BN": plan.outputs, "BM": plan.rows, "BK": plan.elements, "RUN": plan.run}
     constants |= {"ALONG": plan.along, "ACROSS": plan.across, "STAGES": plan.stages}
-    names = mma.kernel.arg_names
+    names = mma.mxfp8_linear_mma.arg_names
     source = GluonASTSource(
-        mma.kernel,
+        mma.mxfp8_linear_mma,
         {name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in ("M", "N")},
@@ -136,9 +136,9 @@ def test_elementwise_kernels_compile_for_every_target_without_a_float8_type(capa
     sizes = {"NATIVE": False, "BLOCK": 32, "BLOCKS": 64}
     for out in ("*bf16", "*fp16", "*fp32"):
         types = {"codes": "*u8", "scales": "*u8", "out": out, "blocks": "i32"}
-        assert "e4m3" not in ptx(elementwise._dequant_kernel, capability, 4, types, **sizes)
+        assert "e4m3" not in ptx(elementwise.mxfp8_dequant, capability, 4, types, **sizes)
     types = {"x": "*bf16", "codes": "*u8", "scales": "*u8", "blocks": "i32"}
-    assert "e4m3" not in ptx(elementwise._quantize_kernel, capability, 4, types, RCEIL=True, **sizes)
+    assert "e4m3" not in ptx(elementwise.mxfp8_quantize, capability, 4, types, RCEIL=True, **sizes)
 
 
 def test_missing_triton_is_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -490,7 +490,7 @@ def test_threads_launch_the_same_kernel(device: Device) -> None:
 def test_interpreted_kernels_run_without_a_device() -> None:
     program = (
         "import torch, triton, triton.language as tl\n"
-        "from mxfp8_ops.gpu.elementwise import _dequant_kernel as kernel\n"
+        "from mxfp8_ops.gpu.elementwise import mxfp8_dequant as kernel\n"
         "from mxfp8_ops.gpu.launch import launch\n"
         "codes, scale = torch.full((64,), 0x38, dtype=torch.uint8), torch.full((2,), 128, dtype=torch.uint8)\n"
         "out = torch.zeros(64)\n"

@@ -320,7 +320,7 @@ def test_sums_of_parts_are_added_up_once_for_every_tile_in_parts(processors: int
         assert len(launched) == (2 if split else 1)
         for launch in launched[1:]:
             arguments = launch.named
-            assert launch.kernel is tiles.add_parts
+            assert launch.kernel is tiles.mxfp8_add_parts
             assert (arguments["BM"], arguments["BN"]) == (chosen.rows, columns(chosen))
             assert launch.grid == (split * columns(chosen) // arguments["STEP"],)
             assert (arguments["whole"], arguments["parts"]) == (tiles_of(chosen, m, n) - split, chosen.parts)

@@ -161,6 +161,13 @@ LINEAR = (linear(1, BFLOAT16), linear(2, FLOAT32))
 LINEAR_OF_MORE_ROWS = (linear(16, BFLOAT16), linear(64, FLOAT16))
 
 
+@ON_EVERY_CHIP
+def test_kernels_say_whose_they_are_in_a_trace(chip: Chip) -> None:
+    names = [launch.kernel.__name__ for launch in launched(*ELEMENTWISE, *LINEAR, *LINEAR_OF_MORE_ROWS)]
+    assert {"mxfp8_dequant", "mxfp8_quantize"} < set(names)
+    assert [name for name in names if not name.startswith("mxfp8_")] == []
+
+
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +195,7 @@ def converts_e4m3(text: str) -> bool:
 @ON_EVERY_CHIP
 def test_elementwise_kernels_compile_for_the_chip_and_use_the_conversion_that_it_has(chip: Chip) -> None:
     for launch in launched(*ELEMENTWISE):
-        packed = launch.kernel is elementwise._dequant_packed_kernel  # whose codes are interleaved
+        packed = launch.kernel is elementwise.mxfp8_dequant_packed  # whose codes are interleaved
         assert converts_e4m3(compiled(launch, chip)) == (chip.has_e4m3 and not packed)
 
 
@@ -202,10 +209,10 @@ def test_linear_for_a_few_rows_compiles_for_the_chip_and_uses_the_conversion_tha
 def test_linear_for_more_rows_runs_on_tensor_cores_where_it_compiles_for_them(chip: Chip) -> None:
     found = launched(*LINEAR_OF_MORE_ROWS)
     if not chip.has_e4m3:
-        assert {launch.kernel for launch in found} == {elementwise._dequant_kernel}  # what follows is torch's
+        assert {launch.kernel for launch in found} == {elementwise.mxfp8_dequant}  # what follows is torch's
         return
     assert any("mma" in text for text in [compiled(launch, chip) for launch in found])
-    assert elementwise._dequant_kernel not in [launch.kernel for launch in found]
+    assert elementwise.mxfp8_dequant not in [launch.kernel for launch in found]
 
 
 @ON_EVERY_CHIP
@@ -227,8 +234,8 @@ def test_partial_sums_are_added_up_by_a_kernel_that_compiles_for_the_chip(chip: 
 
     partial, out = torch.empty(4, N, device="meta"), torch.empty(N, dtype=BFLOAT16, device="meta")
     for launch in (
-        Launch(mma.add_parts, (1,), (partial, out, out, 64 * N, N), (4, 1024, True)),
-        Launch(tiles.add_parts, (1,), (partial, out, out, 64, N, 0, 4), (64, 128, 16, 64, True)),
+        Launch(mma.mxfp8_add_parts, (1,), (partial, out, out, 64 * N, N), (4, 1024, True)),
+        Launch(tiles.mxfp8_add_parts, (1,), (partial, out, out, 64, N, 0, 4), (64, 128, 16, 64, True)),
     ):
         compiled(launch, chip)
 
@@ -249,7 +256,7 @@ def test_packed_weights_are_dequantized_with_a_kernel_of_every_chip_but_hopper(c
         return
     for dtype in (BFLOAT16, FLOAT16, FLOAT32):
         (launch,) = launched(linear_packed(dtype))
-        assert launch.kernel is elementwise._dequant_packed_kernel
+        assert launch.kernel is elementwise.mxfp8_dequant_packed
         assert launch.args[1].dtype == dtype
 
 
@@ -314,10 +321,10 @@ def rocm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     monkeypatch.setattr(amd, "compile_module_from_src", lambda **_: launcher, raising=False)
     monkeypatch.setattr(amd, "_get_path_to_hip_runtime_dylib", lambda: "libamdhip64.so")
     launching._known.clear()
-    elementwise._dequant_kernel.device_caches.clear()
+    elementwise.mxfp8_dequant.device_caches.clear()
     yield calls
     launching._known.clear()
-    elementwise._dequant_kernel.device_caches.clear()
+    elementwise.mxfp8_dequant.device_caches.clear()
 
 
 @pytest.mark.parametrize("nvidia", [True, False], ids=["with the code for NVIDIA", "without the code for NVIDIA"])
@@ -332,6 +339,6 @@ def test_every_launch_on_rocm_is_tritons_own(
     codes, scales = (torch.zeros(size, dtype=torch.uint8).as_subclass(OnDevice) for size in (64, 2))
     out = torch.zeros(64, dtype=BFLOAT16).as_subclass(OnDevice)
     for count in (1, 2, 3):
-        launching.launch(elementwise._dequant_kernel, (1,), (codes, scales, out, 2), (False, 32, 64), 4)
+        launching.launch(elementwise.mxfp8_dequant, (1,), (codes, scales, out, 2), (False, 32, 64), 4)
         assert len(rocm) == count
     assert not launching._known

@@ -31,7 +31,7 @@ _EXTRACT = gl.constexpr("prmt.b32 $0, $1, 0, $2;")  # bytes of $1 by number; num
 
 
 @gluon.jit(do_not_specialize=["M"])
-def kernel(
+def mxfp8_linear_direct(
     x,  # pointer [M, K / 2] int32: two elements in a word
     packed,  # pointer
     bias,  # pointer [N], or to anything

@@ -32,7 +32,7 @@ def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype, native: bool) -> 
     blocks = scale.numel()
     codes = weight.contiguous()
     arguments = codes if native else codes.view(torch.uint8), scale.contiguous(), out, blocks
-    launch(_dequant_kernel, (triton.cdiv(blocks, _BLOCKS),), arguments, (native, BLOCK_SIZE, _BLOCKS), _WARPS)
+    launch(mxfp8_dequant, (triton.cdiv(blocks, _BLOCKS),), arguments, (native, BLOCK_SIZE, _BLOCKS), _WARPS)
     return out
 
 
@@ -41,7 +41,7 @@ def dequant_packed(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
     across = triton.cdiv(k, COLUMNS)
     launch(
-        _dequant_packed_kernel,
+        mxfp8_dequant_packed,
         (triton.cdiv(n, 16), across),
         (packed, out, n, k),
         (packed_for(packed) == torch.float16,),
@@ -56,12 +56,12 @@ def quantize(x: Tensor, rule: str, native: bool) -> tuple[Tensor, Tensor]:
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=SCALE_DTYPE, device=x.device)
     blocks = scale.numel()
     constants = native, rule == "rceil", BLOCK_SIZE, _BLOCKS
-    launch(_quantize_kernel, (triton.cdiv(blocks, _BLOCKS),), (x.contiguous(), codes, scale, blocks), constants, _WARPS)
+    launch(mxfp8_quantize, (triton.cdiv(blocks, _BLOCKS),), (x.contiguous(), codes, scale, blocks), constants, _WARPS)
     return codes.view(ELEMENT_DTYPE), scale
 
 
 @triton.jit
-def _dequant_kernel(codes, scales, out, blocks, NATIVE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def mxfp8_dequant(codes, scales, out, blocks, NATIVE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     # A lane takes 8 elements, not the 16 that it could load: so it stores 16 bytes, next to those of its neighbours.
     element = tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK)[None, :], (1, 8))
@@ -73,7 +73,7 @@ def _dequant_kernel(codes, scales, out, blocks, NATIVE: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _dequant_packed_kernel(packed, out, N, K, FOR_FLOAT16: tl.constexpr):
+def mxfp8_dequant_packed(packed, out, N, K, FOR_FLOAT16: tl.constexpr):
     """16 rows of a block of 128 by 128: see ``mxfp8_ops.packing`` for where their words lie. They are read in that
     order, which is 512 bytes at a time, and leave as rows of the weight: what is in between moves from lane to lane.
     """
@@ -111,7 +111,7 @@ def _pairs(word, scale):
 
 
 @triton.jit
-def _quantize_kernel(
+def mxfp8_quantize(
     x, codes, scales, blocks, NATIVE: tl.constexpr, RCEIL: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
 ):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)

@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, native
     together = min(triton.next_power_of_2(m), ROWS_A_PROGRAM)
     constants = (together, bias is not None, native, lowest, highest, outputs, elements, min(elements, 256))
     launch(
-        _kernel,
+        mxfp8_linear_gemv,
         (triton.cdiv(m, together) * triton.cdiv(n, outputs),),
         (
             x,
@@ -66,7 +66,7 @@ def configuration(k: int, m: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _kernel(
+def mxfp8_linear_gemv(
     x,
     weight,
     scale,

@@ -9,10 +9,14 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .. import packing, settings
-from . import direct, narrow, skinny, tiles, wide
+from .direct import mxfp8_linear_direct
 from .launch import box, launch
+from .narrow import mxfp8_linear_narrow
 from .plans import Direct, Narrow, Plan, Skinny, Tiled, Wide, candidates, divided, plan
+from .skinny import mxfp8_linear_skinny
+from .tiles import box_rows, mxfp8_add_parts
 from .tune import best
+from .wide import mxfp8_linear_wide
 
 _X = gl.NVMMASharedLayout(128, 16, 2)
 _PACKED_WORDS = gl.NVMMASharedLayout(128, 32, 2)
@@ -21,7 +25,7 @@ _ROWS_OF_BLOCKS = gl.NVMMASharedLayout(128, 16, 3)
 _WORDS_OF_BLOCKS = gl.NVMMASharedLayout(0, 32, 5)
 _SCALES_OF_BLOCKS = gl.NVMMASharedLayout(0, 32, 3)
 _CANONICAL_WORDS = gl.NVMMASharedLayout(64, 32, 2)
-_COLUMNS = 16  # of a tile that a program of `add_parts` adds up
+_COLUMNS = 16  # of a tile that a program of `mxfp8_add_parts` adds up
 
 
 class Canonical(NamedTuple):
@@ -87,7 +91,7 @@ def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out:
     (m, k), n = x.shape, out.shape[1]
     together = chosen.warps * chosen.blocks
     launch(
-        direct.kernel,
+        mxfp8_linear_direct,
         (chosen.programs(n),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
         (*chosen.constants, k % (128 * together) != 0, _for_float16(source), bias is not None),
@@ -103,7 +107,7 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
     blocks = len(source) // packing.BLOCK_ROWS
     words = packing.BLOCK_ROWS * packing.WORDS  # of a block; of its halves along k6, r6, k5
     launch(
-        narrow.kernel,
+        mxfp8_linear_narrow,
         (divided(n, 32),),
         (
             (x, box((2 * warps, rows, 64), _ROWS_OF_BLOCKS), (k // 64, m, 64), (64, k, 1)),
@@ -131,13 +135,13 @@ def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | 
     size = programs * chosen.rows * chosen.columns
     partial = torch.empty(size, dtype=torch.float32, device=x.device) if programs else out
     offset = x if bias is None else bias
-    box_rows = tiles.box_rows(chosen.rows, m)
-    kernel, warps = (skinny.kernel, 4) if isinstance(chosen, Skinny) else (wide.kernel, 8)
+    rows = box_rows(chosen.rows, m)
+    kernel, warps = (mxfp8_linear_skinny, 4) if isinstance(chosen, Skinny) else (mxfp8_linear_wide, 8)
     launch(
         kernel,
         (count - split + programs,),
         (
-            (x, box((box_rows, 64), _X), (m, k), (k, 1)),
+            (x, box((rows, 64), _X), (m, k), (k, 1)),
             *_boxes(source, warps // 4),
             offset,
             out,
@@ -148,17 +152,17 @@ def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | 
             count - split,
             chosen.parts,
         ),
-        (_packed(source), *chosen.constants, box_rows, bias is not None),
+        (_packed(source), *chosen.constants, rows, bias is not None),
         num_warps=warps,
         maxnreg=chosen.registers or None,
         dependent=settings.dependent_launch(),
     )
     if programs:
         launch(
-            tiles.add_parts,
+            mxfp8_add_parts,
             (split * (chosen.columns // _COLUMNS),),
             (partial, offset, out, m, n, count - split, chosen.parts),
-            (chosen.rows, chosen.columns, _COLUMNS, box_rows, bias is not None),
+            (chosen.rows, chosen.columns, _COLUMNS, rows, bias is not None),
         )
 
 

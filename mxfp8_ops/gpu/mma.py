@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .launch import launch
-from .mma_kernel import kernel
+from .mma_kernel import mxfp8_linear_mma
 
 MAX_ROWS = 64
 
@@ -69,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, plan: 
     offset = x if bias is None else bias
     sizes = (plan.outputs, plan.rows, plan.elements, plan.run, plan.along, plan.across, plan.stages)
     launch(
-        kernel,
+        mxfp8_linear_mma,
         (triton.cdiv(m, plan.rows) * triton.cdiv(n, plan.outputs), plan.parts),
         (x.view(torch.int32), weight.view(torch.int32), scale, offset, parts, m, n, k),
         (_DTYPES[x.dtype], *sizes, bias is not None and plan.parts == 1),
@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, plan: 
     )
     if plan.parts > 1:
         launch(
-            add_parts,
+            mxfp8_add_parts,
             (triton.cdiv(m * n, _ADDED_TOGETHER),),
             (parts, offset, out, m * n, n),
             (plan.parts, _ADDED_TOGETHER, bias is not None),
@@ -87,7 +87,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, plan: 
 
 
 @triton.jit
-def add_parts(parts, bias, out, size, N, PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
+def mxfp8_add_parts(parts, bias, out, size, N, PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Adds up ``parts [PARTS, M, N]``, of ``size`` = M * N each, in their order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

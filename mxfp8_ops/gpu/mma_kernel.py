@@ -52,7 +52,7 @@ _FOUR_HALVES = gl.constexpr((gl.int16, gl.int16, gl.int16, gl.int16))
 
 
 @gluon.jit(do_not_specialize=["M", "N"])
-def kernel(
+def mxfp8_linear_mma(
     x,  # pointer [M, K / 2] int32: two elements in a word
     weight,  # pointer [N, K / 4] int32: four elements in a word
     scale,  # pointer [N, K / 32]

@@ -22,7 +22,7 @@ from .versions import barrier, load_box, reinterpret
 
 
 @gluon.jit(do_not_specialize=["M"])
-def kernel(
+def mxfp8_linear_narrow(
     x,  # TMA descriptor, [K / 64, M, 64], boxes of [2 * WARPS, ROWS, 64]
     elements,  # TMA descriptor, words [block, k6, r6, k5, r5 and lower bits], boxes of [WARPS, 2, 1, 2, 256]
     scales,  # TMA descriptor, [blocks, 132, 32] int32, boxes of [WARPS, 1, 32]

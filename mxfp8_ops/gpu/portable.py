@@ -25,7 +25,7 @@ _ANY_ROWS = 64  # for as many a kernel is made where their number is not known
 
 
 def configuration(rows: int | torch.SymInt) -> dict[str, int]:
-    """Constants of ``kernel`` and its warps, for as many rows of x; those for 64 where the number is dynamic.
+    """Constants of the kernel and its warps, for as many rows of x; those for 64 where the number is dynamic.
 
     For few rows smaller tiles, so that there are programs enough for a whole chip.
     """
@@ -49,11 +49,11 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, nativ
     arguments = flat, codes, scale.contiguous(), offset, out, m, n, k
     if isinstance(m, int) and m <= gemv.MAX_ROWS:
         grid, constants = _gemv(flat, n, bias is not None, native)
-        wrap_triton(gemv._kernel)[grid](*arguments, **constants)
+        wrap_triton(gemv.mxfp8_linear_gemv)[grid](*arguments, **constants)
     else:
         sizes = configuration(m)
         grid = (_tiles(m, sizes["BM"]) * _tiles(n, sizes["BN"]),)
-        wrap_triton(kernel)[grid](*arguments, HAS_BIAS=bias is not None, NATIVE=native, **sizes)
+        wrap_triton(mxfp8_linear_portable)[grid](*arguments, HAS_BIAS=bias is not None, NATIVE=native, **sizes)
     return out.view(*x.shape[:-1], n)
 
 
@@ -77,7 +77,7 @@ def _tiles(length: Any, size: int) -> Any:
 
 
 @triton.jit
-def kernel(
+def mxfp8_linear_portable(
     x,  # pointer [M, K]
     weight,  # pointer [N, K]: e4m3, or its bytes
     scale,  # pointer [N, K / 32]

@@ -28,7 +28,7 @@ LOADER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit(do_not_specialize=["M", "whole", "parts"])
-def kernel(
+def mxfp8_linear_skinny(
     x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
     scales,  # PACKED: TMA descriptor, the same tensor, boxes of [2, 32]; else pointer [N, K / 128] int32

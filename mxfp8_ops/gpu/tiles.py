@@ -1,8 +1,8 @@
 """Which part of the result a program computes, and how it stores it: shared by the kernels for Hopper.
 
 A result ``[M, N]`` is computed in tiles. The first ``whole`` tiles are each one program's work; each of the others is
-shared by ``parts`` programs, which take turns of K each and store float32 sums that ``add_parts`` adds up, in a fixed
-order. So the last tiles, fewer than the chip has room for, keep all of it busy (split-K where ``whole`` is 0).
+shared by ``parts`` programs, which take turns of K each and store float32 sums that ``mxfp8_add_parts`` adds up, in a
+fixed order. So the last tiles, fewer than the chip has room for, keep all of it busy (split-K where ``whole`` is 0).
 
 TMA takes several times as long for a row of x that is not there as for one that is. So the last rows' tile is moved up
 to end with the last row: its first rows are then some of the tile before once more, and are not stored. Where x has
@@ -130,7 +130,7 @@ def store_tile(total, bias, out, M, N, row, column, BOX: gl.constexpr, HAS_BIAS:
 
 
 @triton.jit(do_not_specialize=["M", "whole", "parts"])
-def add_parts(
+def mxfp8_add_parts(
     partial,
     bias,
     out,

@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, proces
     warps = warps_along(n, k, processors)
     ragged = n % _ROWS.value != 0, k % (warps * _WARP) != 0
     launch(
-        kernel,
+        mxfp8_linear_vector,
         (divided(n, _ROWS.value),),
         (x.view(torch.int32), weight.view(torch.int32), scale, x if bias is None else bias, out, n, k),
         (warps, *EXACT_SCALES[x.dtype], bias is not None, *ragged),
@@ -72,7 +72,7 @@ _PAIR_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 
 
 
 @gluon.jit(do_not_specialize=["N"])
-def kernel(
+def mxfp8_linear_vector(
     x,  # pointer [K / 2] int32: two elements in a word
     weight,  # pointer [N, K / 4] int32: four elements in a word
     scale,  # pointer [N, K / 32]

@@ -25,7 +25,7 @@ from .versions import barrier, load_box
 
 
 @gluon.jit(do_not_specialize=["M", "whole", "parts"])
-def kernel(
+def mxfp8_linear_wide(
     x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [64, 32]; else [N, K / 4] int32, boxes of [128, 16]
     scales,  # PACKED: TMA descriptor, the same tensor, boxes of [4, 32]; else pointer [N, K / 128] int32
