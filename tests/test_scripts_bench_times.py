@@ -37,6 +37,12 @@ def test_summary_is_the_median_and_the_interquartile_range_in_percent(
     assert importlib.import_module("benchmarks.timing").summary(samples) == {"us": us, "spread": spread}
 
 
+def test_a_ratio_is_of_times_of_the_same_round(bench: ModuleType) -> None:
+    ratio = importlib.import_module("benchmarks.timing").ratio
+    assert ratio([20.0, 11.0, 60.0], [10.0, 10.0, 40.0]) == 1.5  # of medians: 2
+    assert ratio([1.0, 9.0], [2.0, 3.0]) == 1.75
+
+
 def test_cliffs_compare_with_the_faster_neighbour(bench: ModuleType) -> None:
     cliffs = importlib.import_module("benchmarks.timing").cliffs
     assert cliffs({3: 4.0, 1: 2.0, 2: 3.0, 9: 1.0}) == {1: 2 / 3, 2: 1.5, 3: 4.0, 9: 0.25}

@@ -77,6 +77,7 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield f"x is {dtype}. B is the time of `F.linear` on a weight of that dtype, R that of only reading the bytes of"
     yield "the quantized weight. Ratios are times, so less is better, and 1.00 R is all that memory allows."
+    yield "They are medians over rounds, in each of which both were measured."
     yield from ("", "### `mxfp8::linear`", "")
     yield from cell.of_shapes(records, lambda record: _ratio(record, "canonical"))
     for n, k in shapes_of(records):

@@ -142,6 +142,7 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield "R is the time of a kernel that only reads as many bytes as the packed weight has, B that of `F.linear` on a"
     yield "weight of x's dtype. Ratios are times, so less is better, and 1.00 R is all that memory allows."
+    yield "They are medians over rounds, in each of which both were measured."
     for name, title in (("packed", "`linear_packed`"), ("canonical", "`linear`, on the canonical weight")):
         yield from ("", f"### {title}", "")
         yield from cell.of_shapes(records, lambda record, name=name: _ratios(record, name))

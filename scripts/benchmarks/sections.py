@@ -16,7 +16,7 @@ from .bandwidth import bandwidth
 from .case import packed_for
 from .devices import Device
 from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Record, Shape
-from .timing import Calls, cliffs, summary
+from .timing import Calls, cliffs, ratio, summary
 
 ERROR_ROWS = 256
 """Rows of a result that are compared with float64, spread evenly."""
@@ -84,15 +84,14 @@ def linear(device: Device, options: Options) -> Iterator[Record]:
             if emulate is not None and m in options.emulated:
                 columns["emulated"] = [lambda w=w, x=x: emulated_linear(x, *w.canonical) for w in weights]
                 columns["emulated, compiled"] = [lambda w=w, x=x, f=emulate: f(x, *w.canonical) for w in weights]
-            times = _times(device, columns, options)
+            samples = device.timer.interleaved(columns, options.replays)
             yield {
                 "n": shape[0],
                 "k": shape[1],
                 "m": m,
-                "times": times,
+                "times": {name: summary(samples[name]) for name in columns},
                 "ratios": {
-                    name: {unit: round(times[name]["us"] / times[unit]["us"], 4) for unit in device.units}
-                    for name in columns
+                    name: {unit: ratio(samples[name], samples[unit]) for unit in device.units} for name in columns
                 },
                 "errors": _errors(weights[0], x),
                 **device.marks(options),

@@ -38,6 +38,13 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"us": round(median, 4), "spread": round(100 * (high - low) / median, 2)}
 
 
+def ratio(samples: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long as the others, the median over rounds, in each of which both were measured: what slows the
+    machine down for a round slows both.
+    """
+    return round(statistics.median(one / other for one, other in zip(samples, others, strict=True)), 4)
+
+
 def cliffs(times: Mapping[int, float]) -> dict[int, float]:
     """For every M, its time over the smaller one of its neighbours' in ``times``."""
     rows = sorted(times)
