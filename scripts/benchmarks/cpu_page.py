@@ -57,9 +57,9 @@ def method(run: Record) -> Iterator[str]:
 def _elementwise_page(records: Sequence[Record]) -> Iterator[str]:
     yield "## Dequant and quantize"
     yield ""
-    yield "Time of a copy of as many bytes over the operator's, so 100% is the speed of a copy, and more is better. An"
-    yield "operator's result is new memory, and so is that of its copy; a kernel alone writes to memory that has been"
-    yield "written before, and so does its copy."
+    yield "Bytes that are moved in a second as a fraction of those that a copy moves, so more is better. An operator's"
+    yield "result is new memory, and so is that of its copy, which is as large: of a dense weight for dequant, of a"
+    yield "quantized one for quantize. A kernel alone writes to memory that has been written before, and so does its copy."
     yield ""
     names = list(records[0]["fractions"])
     copies = [name for name in records[0]["times"] if name not in names]

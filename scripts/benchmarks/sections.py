@@ -43,7 +43,7 @@ def elementwise(device: Device, options: Options) -> Iterator[Record]:
 
 def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
     """The same on the CPU, where memory that nobody has used yet costs more than writing to it: operators, whose
-    results are new, beside a copy that is, and kernels alone beside a copy over old memory.
+    results are new, beside a copy that makes as much of it, and kernels alone beside a copy over old memory.
     """
     for n, k in options.shapes:
         moved = n * k * 3 + n * k // 32
@@ -53,13 +53,18 @@ def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
         weights = [mxfp8_ops.quantize(each) for each in dense]
         columns = {
             "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
-            "copy to new memory": [lambda pair=pair: pair[1].clone() for pair in pairs],
+            "copy of dense": [lambda d=d: d.clone() for d in dense],
+            "copy of quantized": [lambda w=w: w[0].clone() for w in weights],
             **_elementwise_columns(weights, dense),
         }
+        copied = {"copy": moved, "copy of dense": 4 * n * k, "copy of quantized": 2 * n * k}
         alone = cpu_kernels.columns(weights, dense)
         times = _times(device, columns | alone, options)
-        copy = {name: times["copy" if name in alone else "copy to new memory"]["us"] for name in times}
-        fractions = {n: round(copy[n] / times[n]["us"], 4) for n in times if not n.startswith("copy")}
+        speeds = {name: copied.get(name, moved) / time["us"] for name, time in times.items()}
+        fractions = {}
+        for name in [name for name in speeds if name not in copied]:
+            like = "copy" if name in alone else "copy of dense" if "dequant" in name else "copy of quantized"
+            fractions[name] = round(speeds[name] / speeds[like], 4)
         yield {"n": n, "k": k, "bytes": moved, "times": times, "fractions": fractions, **device.marks(options)}
         del pairs, dense, weights, columns, alone
 
