@@ -59,7 +59,8 @@ def _elementwise_page(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield "Bytes that are moved in a second as a fraction of those that a copy moves, so more is better. An operator's"
     yield "result is new memory, and so is that of its copy, which is as large: of a dense weight for dequant, of a"
-    yield "quantized one for quantize. A kernel alone writes to memory that has been written before, and so does its copy."
+    yield "quantized one for quantize. A kernel alone writes to memory that has been written before, and so does its"
+    yield "copy."
     yield ""
     names = list(records[0]["fractions"])
     copies = [name for name in records[0]["times"] if name not in names]
