@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import tools
 from .devices import Device
-from .options import BANDWIDTH_ROWS, Options, Record, Shape
+from .options import BANDWIDTH_ROWS, Options, Record, Records, Shape
 
 CALLS = ("linear_packed", "linear")
 """As ``profiled`` makes them, each after R."""
@@ -40,7 +40,7 @@ ARGUMENTS = [
 """Caches are empty before every kernel, and clocks as they are in use."""
 
 
-def bandwidth(device: Device, options: Options) -> Iterator[Record]:
+def bandwidth(device: Device, options: Options) -> Records:
     """One record for each shape and number of rows; or one that says why there are none."""
     ncu = tools.find("ncu")
     if ncu is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,6 @@ def columns(weights: Sequence[tuple[Tensor, Tensor]], dense: Sequence[Tensor]) -
         kernels.mxfp8_quantize(*pointers, scale.numel(), code, RULE_CODES["rceil"], threads)
 
     return {
-        "dequant alone": [lambda w=w, o=o: dequant(*w, o) for w, o in zip(weights, outs, strict=True)],
-        "quantize alone": [lambda d=d, q=q: quantize(d, *q) for d, q in zip(dense, quantized, strict=True)],
+        "dequant alone": [partial(dequant, *w, out) for w, out in zip(weights, outs, strict=True)],
+        "quantize alone": [partial(quantize, x, *out) for x, out in zip(dense, quantized, strict=True)],
     }

@@ -7,13 +7,13 @@ import platform
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-import mxfp8_ops
 from mxfp8_ops import ops
 from mxfp8_ops.cpu import build, library
 from mxfp8_ops.environment import DEPENDENT_LAUNCH
@@ -110,7 +110,7 @@ class Cuda(Device):
         """
         if len(x) > DEPENDENT_ROWS:
             return {}
-        return {"packed, dependent": [lambda w=w: _dependent(w, x) for w in weights]}
+        return {"packed, dependent": [partial(_dependent, weight, x) for weight in weights]}
 
     def environment(self) -> Record:
         import triton
@@ -180,7 +180,7 @@ class Cpu(Device):
         return min(4 * largest + 1, processor.available_memory() // 16)
 
     def environment(self) -> Record:
-        found = {"device": processor.model(), "place": self.place, "level": self.level, "caches": self.caches}
+        found: Record = {"device": processor.model(), "place": self.place, "level": self.level, "caches": self.caches}
         found |= {"threads": torch.get_num_threads(), "rotated": self.rotated_bytes, "torch": torch.__version__}
         found |= {"compiler": build.compiler_version(), "python": platform.python_version()}
         found |= {"load": round(os.getloadavg()[0], 1), "torchao": others.version_of_torchao()}
@@ -205,7 +205,7 @@ class Cpu(Device):
 
 def _dependent(weight: Weight, x: Tensor) -> Tensor:
     with patch.dict(os.environ, {DEPENDENT_LAUNCH: "1"}):
-        return mxfp8_ops.linear_packed(x, weight.packed, len(weight.dense))
+        return weight.linear_packed(x)
 
 
 DEVICES: dict[str, type[Device]] = {"cuda": Cuda, "cpu": Cpu}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 Shape: TypeAlias = tuple[int, int]
 Record: TypeAlias = dict[str, Any]
+Records: TypeAlias = Generator[Record, None, None]
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672), (1024, 4096))
 ROWS = tuple(1 << i for i in range(14))

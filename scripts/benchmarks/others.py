@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ def columns(weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> dict[str, Ca
     plain = torch.compile(_linear, dynamic=False)
     backend = torch.compile(_linear, dynamic=False, backend="mxfp8", options={"dequant_at_load": False})
     found: dict[str, Calls] = {
-        "compiled": [lambda w=w: plain(x, *w) for w in weights],
-        "backend": [lambda w=w: backend(x, *w) for w in weights],
+        "compiled": [partial(plain, x, *w) for w in weights],
+        "backend": [partial(backend, x, *w) for w in weights],
     }
     layers = _of_torchao(weights, x.dtype)
-    return found | ({"torchao": [lambda layer=layer: layer(x) for layer in layers]} if layers else {})
+    return found | ({"torchao": [partial(layer, x) for layer in layers]} if layers else {})
 
 
 def version_of_torchao() -> str | None:

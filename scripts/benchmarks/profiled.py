@@ -16,7 +16,7 @@ from .options import BANDWIDTH_ROWS
 from .sections import Weight
 
 FUNCTIONS: dict[str, Callable[[Weight, Tensor], Tensor]] = {
-    "linear_packed": lambda weight, x: mxfp8_ops.linear_packed(x, weight.packed, len(weight.dense)),
+    "linear_packed": Weight.linear_packed,
     "linear": lambda weight, x: mxfp8_ops.linear(x, *weight.canonical),
 }
 
@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
                     torch.cuda.synchronize()
                     if profiled:
                         torch.cuda.profiler.start()
-                    device.read(weight.packed, device.read_configurations[0])
+                    device.read(weight.stored, device.read_configurations[0])
                     FUNCTIONS[name](weight, x)
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from . import bars, cell, cpu_page, stored
 from .options import HOST_SHAPE, Record, shapes_of
@@ -145,7 +146,7 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield "They are medians over rounds, in each of which both were measured."
     for name, title in (("packed", "`linear_packed`"), ("canonical", "`linear`, on the canonical weight")):
         yield from ("", f"### {title}", "")
-        yield from cell.of_shapes(records, lambda record, name=name: _ratios(record, name))
+        yield from cell.of_shapes(records, partial(_ratios, column=name))
     for n, k in shapes_of(records):
         yield from ("", f"### {n} x {k}", "")
         yield from _linear_table([record for record in records if (record["n"], record["k"]) == (n, k)])

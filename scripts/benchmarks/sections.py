@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,22 @@ from . import cpu_kernels
 from .bandwidth import bandwidth
 from .case import packed_for
 from .devices import Device
-from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Record, Shape
+from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Records, Shape
 from .timing import Calls, cliffs, ratio, summary
 
 ERROR_ROWS = 256
 """Rows of a result that are compared with float64, spread evenly."""
 
 
-def elementwise(device: Device, options: Options) -> Iterator[Record]:
+def elementwise(device: Device, options: Options) -> Records:
     """Dequant and quantize, as fractions of the speed of a copy of as many bytes, once for each shape."""
     for n, k in options.shapes:
         moved = n * k * 3 + n * k // 32
         pairs = torch.empty(device.copies(moved), 2, moved // 2, dtype=torch.uint8, device=device.place)
         dense = [_dense(device, n, k, torch.bfloat16) for _ in range(device.copies(moved))]
         weights = [mxfp8_ops.quantize(each) for each in dense]
-        columns = {
-            "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
+        columns: dict[str, Calls] = {
+            "copy": [partial(pair[0].copy_, pair[1]) for pair in pairs],
             **_elementwise_columns(weights, dense),
         }
         times = _times(device, columns, options)
@@ -41,7 +42,7 @@ def elementwise(device: Device, options: Options) -> Iterator[Record]:
         device.release()
 
 
-def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
+def elementwise_on_cpu(device: Device, options: Options) -> Records:
     """The same on the CPU, where memory that nobody has used yet costs more than writing to it: operators, whose
     results are new, beside a copy that makes as much of it, and kernels alone beside a copy over old memory.
     """
@@ -51,10 +52,10 @@ def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
         pairs = torch.ones(copies, 2, moved // 2, dtype=torch.uint8)
         dense = [_dense(device, n, k, torch.bfloat16) for _ in range(copies)]
         weights = [mxfp8_ops.quantize(each) for each in dense]
-        columns = {
-            "copy": [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs],
-            "copy of dense": [lambda d=d: d.clone() for d in dense],
-            "copy of quantized": [lambda w=w: w[0].clone() for w in weights],
+        columns: dict[str, Calls] = {
+            "copy": [partial(pair[0].copy_, pair[1]) for pair in pairs],
+            "copy of dense": [each.clone for each in dense],
+            "copy of quantized": [weight.clone for weight, _ in weights],
             **_elementwise_columns(weights, dense),
         }
         copied = {"copy": moved, "copy of dense": 4 * n * k, "copy of quantized": 2 * n * k}
@@ -71,13 +72,13 @@ def elementwise_on_cpu(device: Device, options: Options) -> Iterator[Record]:
 
 def _elementwise_columns(weights: list[tuple[Tensor, Tensor]], dense: list[Tensor]) -> dict[str, Calls]:
     return {
-        "dequant to bfloat16": [lambda w=w: mxfp8_ops.dequant(*w, torch.bfloat16) for w in weights],
-        "dequant to float16": [lambda w=w: mxfp8_ops.dequant(*w, torch.float16) for w in weights],
-        "quantize from bfloat16": [lambda d=d: mxfp8_ops.quantize(d) for d in dense],
+        "dequant to bfloat16": [partial(mxfp8_ops.dequant, *w, torch.bfloat16) for w in weights],
+        "dequant to float16": [partial(mxfp8_ops.dequant, *w, torch.float16) for w in weights],
+        "quantize from bfloat16": [partial(mxfp8_ops.quantize, each) for each in dense],
     }
 
 
-def linear(device: Device, options: Options) -> Iterator[Record]:
+def linear(device: Device, options: Options) -> Records:
     """Everything that multiplies, side by side, once for each shape and number of rows."""
     for shape in options.shapes:
         weights = _weights(device, shape, options)
@@ -87,8 +88,8 @@ def linear(device: Device, options: Options) -> Iterator[Record]:
             x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
             columns = {"R": reads, **_multiplications(weights, x), **device.further(weights, x)}
             if emulate is not None and m in options.emulated:
-                columns["emulated"] = [lambda w=w, x=x: emulated_linear(x, *w.canonical) for w in weights]
-                columns["emulated, compiled"] = [lambda w=w, x=x, f=emulate: f(x, *w.canonical) for w in weights]
+                columns["emulated"] = [partial(emulated_linear, x, *w.canonical) for w in weights]
+                columns["emulated, compiled"] = [partial(emulate, x, *w.canonical) for w in weights]
             samples = device.timer.interleaved(columns, options.replays)
             yield {
                 "n": shape[0],
@@ -106,16 +107,16 @@ def linear(device: Device, options: Options) -> Iterator[Record]:
         device.release()
 
 
-def host(device: Device, options: Options) -> Iterator[Record]:
+def host(device: Device, options: Options) -> Records:
     """Eager host time of a call, with work for the device that takes less."""
     shape = HOST_SHAPE
     weight = Weight.random(device, shape, _dtype(options))
     x = torch.randn(1, shape[1], dtype=_dtype(options), device=device.place)
     calls = {
-        "linear_packed": lambda: mxfp8_ops.linear_packed(x, weight.packed, shape[0]),
-        "linear": lambda: mxfp8_ops.linear(x, *weight.canonical),
-        "dequant": lambda: mxfp8_ops.dequant(*weight.canonical, x.dtype),
-        "F.linear": lambda: F.linear(x, weight.dense),
+        "linear_packed": partial(weight.linear_packed, x),
+        "linear": partial(mxfp8_ops.linear, x, *weight.canonical),
+        "dequant": partial(mxfp8_ops.dequant, *weight.canonical, x.dtype),
+        "F.linear": partial(F.linear, x, weight.dense),
     }
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -129,15 +130,15 @@ def host(device: Device, options: Options) -> Iterator[Record]:
         }
 
 
-def cliff(device: Device, options: Options) -> Iterator[Record]:
+def cliff(device: Device, options: Options) -> Records:
     """Numbers of rows that take much longer than a neighbour, on the first shape, and whether ``F.linear`` does."""
     shape = options.shapes[0]
     weights = _weights(device, shape, options)
     columns, dense = {}, {}
     for m in options.cliff_rows:
         x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
-        columns[str(m)] = [lambda w=w, x=x: mxfp8_ops.linear_packed(x, w.packed, shape[0]) for w in weights]
-        dense[str(m)] = [lambda w=w, x=x: F.linear(x, w.dense) for w in weights]
+        columns[str(m)] = [partial(w.linear_packed, x) for w in weights]
+        dense[str(m)] = [partial(F.linear, x, w.dense) for w in weights]
     times, others = _times(device, columns, options), _times(device, dense, options)
     ratios = cliffs({int(m): time["us"] for m, time in times.items()})
     of_b = cliffs({int(m): time["us"] / others[m]["us"] for m, time in times.items()})
@@ -174,6 +175,10 @@ class Weight:
     folded: Tensor
     stored: Tensor
 
+    def linear_packed(self, x: Tensor) -> Tensor:
+        assert self.packed is not None
+        return mxfp8_ops.linear_packed(x, self.packed, len(self.dense))
+
     @staticmethod
     def random(device: Device, shape: Shape, dtype: torch.dtype) -> Weight:
         dense = _dense(device, *shape, dtype)
@@ -204,28 +209,23 @@ def _dtype(options: Options) -> torch.dtype:
 # --- columns -------------------------------------------------------------------------------------------------
 
 
-def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Calls]:
-    n = weights[0].dense.shape[0]
-    packed = [w.packed for w in weights if w.packed is not None]
-    of_packed = {"packed": [lambda p=p: mxfp8_ops.linear_packed(x, p, n) for p in packed]} if packed else {}
+def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Sequence[Callable[[], Tensor]]]:
+    packed = [weight for weight in weights if weight.packed is not None]
     return {
-        "B": [lambda w=w: F.linear(x, w.dense) for w in weights],
-        **of_packed,
-        "canonical": [lambda w=w: mxfp8_ops.linear(x, *w.canonical) for w in weights],
-        "folded": [lambda w=w: F.linear(x, w.folded) for w in weights],
+        "B": [partial(F.linear, x, w.dense) for w in weights],
+        **({"packed": [partial(w.linear_packed, x) for w in packed]} if packed else {}),
+        "canonical": [partial(mxfp8_ops.linear, x, *w.canonical) for w in weights],
+        "folded": [partial(F.linear, x, w.folded) for w in weights],
     }
 
 
 def _fastest_read(device: Device, weights: list[Weight], options: Options) -> Calls:
-    ways = {
-        str(way): [lambda w=w, way=way: device.read(w.stored, way) for w in weights]
-        for way in device.read_configurations
-    }
+    ways = {str(way): [partial(device.read, w.stored, way) for w in weights] for way in device.read_configurations}
     times = _times(device, ways, options)
     return ways[min(times, key=lambda way: times[way]["us"])]
 
 
-def _times(device: Device, columns: dict[str, Calls], options: Options) -> dict[str, dict[str, float]]:
+def _times(device: Device, columns: Mapping[str, Calls], options: Options) -> dict[str, dict[str, float]]:
     samples = device.timer.interleaved(columns, options.replays)
     return {name: summary(samples[name]) for name in columns}
 
@@ -244,7 +244,7 @@ def _errors(weight: Weight, x: Tensor) -> dict[str, float]:
 class Section:
     """A part of the benchmark: its records, and how many there will be."""
 
-    measure: Callable[[Device, Options], Iterator[Record]]
+    measure: Callable[[Device, Options], Records]
     count: Callable[[Options], int]
 
 
