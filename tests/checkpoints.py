@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from dialects import BLOCK_ROWS, WRITERS, Content, block_constant, padded, random_content
 from helpers import assert_same
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mxfp8_ops.checkpoint import Checkpoint, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SMALL = {"model.layers.0.self_attn.q_proj": (96, 64), "model.layers.0.self_attn.k_proj": (32, 64)}
+SCALES = {
+    "modelopt": (".weight_scale", "_weight_scale"),
+    "mxfp8": (".weight_scale_inv", "_scale_inv"),
+    "fp8-1x32": (".weight_scale_inv", "_scale_inv"),
+    "compressed-tensors": (".weight_scale", None),
+}
+"""What the scales of a module are called in the formats that are written, and those of experts in one tensor."""
 
 
 def made(folder: Path, name: str, content: Content | None = None, shards: int = 1) -> tuple[Path, Content]:
@@ -63,6 +71,32 @@ def assert_opens_as(path: Path, content: Content) -> Checkpoint:
     return checkpoint
 
 
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """All of a checkpoint, whatever its shards, as any reader of safetensors finds it."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_holds(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """These tensors, bit for bit, and no others."""
+    found = tensors_in(folder)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_same(found[name], tensor)
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def save(folder: Path, weights: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
+    """A checkpoint of one file."""
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     """Changes the object in a JSON file in place."""
     value = json.loads(path.read_text())
@@ -103,7 +137,7 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     write_raw(path, header, data)
 
 
-def replace_tensors(path: Path, changes: Mapping[str, torch.Tensor | None], **metadata: str | None) -> None:
+def replace_tensors(path: Path, changes: Mapping[str, Tensor | None], **metadata: str | None) -> None:
     """Rewrites a safetensors file with some tensors or texts of its metadata changed, added, or (None) left out."""
     from safetensors import safe_open
     from safetensors.torch import save_file

@@ -137,14 +137,6 @@ def assert_holds(model: nn.Module, content: Content) -> None:
             assert_same(module.bias, layer.bias)
 
 
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whatever its shards."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
 def change_tensors(folder: Path, **changes: Tensor | None) -> None:
     """Replaces tensors of ``LAYER``, or removes them where the change is None."""
     tensors = load_file(folder / "model.safetensors")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import quantization_config, tensors_in
 from dialects import (
     BLOCK_ROWS,
     EXPERTS,
@@ -26,7 +27,6 @@ from dialects import (
 )
 from helpers import assert_same, expected_from_float64
 from safetensors import safe_open
-from torch import Tensor
 
 from mxfp8_ops import reference
 
@@ -81,21 +81,12 @@ def headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
 @pytest.fixture(scope="module")
 def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).bfloat16()
-
-
-def quantization_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -187,7 +178,7 @@ def test_compressed_tensors_decompresses_what_we_wrote(tmp_path: Path) -> None:
     scheme = config.config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     assert compressor.can_compress(torch.nn.Linear, scheme)
-    found = tensors(folder)
+    found = tensors_in(folder)
     for name, layer in content.layers.items():
         pair = {key: found[f"{name}.{key}"] for key in ("weight", "weight_scale")}
         actual = compressor.decompress(pair, scheme)["weight"]

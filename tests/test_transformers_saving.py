@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tensors_in
 from helpers import assert_same
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +26,6 @@ from llamas import (  # noqa: E402
     load,
     logits,
     quantization_of,
-    tensors_in,
     without,
     write,
     write_dense,
