@@ -218,6 +218,17 @@ def test_of_several_stored_runs_every_record_is_the_latest_and_the_page_says_who
     assert (once["sections"], once["sources"]) == (RUN["sections"], {})
 
 
+def test_a_run_that_only_failed_is_not_named_after_one_that_did_not(bench: ModuleType, tmp_path: Path) -> None:
+    (failure,) = (record for record in RUN["sections"]["model"] if "failed" in record)
+    runs = [later(tmp_path, "first", {"model": [failure]})]
+    failed = bench.stored_runs.load(runs, bench.known.SECTIONS)
+    assert (failed["sections"], failed["sources"]) == ({"model": [failure]}, {})
+    runs.append(later(tmp_path, "second", {"model": [{"variant": "kept", "agreement": None, "seconds": 5.0} | MODEL]}))
+    run = bench.stored_runs.load(runs, bench.known.SECTIONS)
+    assert [record["variant"] for record in run["sections"]["model"]] == ["kept"]
+    assert [each["command"] for each in run["sources"]["model"]] == ["python second.py"]
+
+
 def test_runs_of_different_machines_do_not_share_a_page(bench: ModuleType, tmp_path: Path, capsys: Any) -> None:
     paths = [later(tmp_path, "here", {"model": []}), later(tmp_path, "there", {"model": []}, device="Another GPU")]
     assert bench.main(["--from-json", *map(str, paths)]) == 2

@@ -37,11 +37,12 @@ def load(paths: Sequence[Path], sections: Sequence[str]) -> Record:
 def _join(runs: Sequence[Record], section: str) -> tuple[list[Record], list[Record]]:
     """Of a section the latest records, in the order of their first ones, and the environments that they are from."""
     latest = {_key(record): (i, record) for i, run in enumerate(runs) for record in run["sections"].get(section, ())}
-    used = sorted({i for i, _ in latest.values()})
+    last = max((i for i, _ in latest.values()), default=0)
     # A failure counts as long as no later run has the section.
-    records = [record for i, record in latest.values() if "failed" not in record or i == used[-1]]
+    counted = [(i, record) for i, record in latest.values() if "failed" not in record or i == last]
+    used = sorted({i for i, _ in counted})
     found = (runs[i].get("sources", {}).get(section, [runs[i]["environment"]]) for i in used)
-    return records, [environment for each in found for environment in each]
+    return [record for _, record in counted], [environment for each in found for environment in each]
 
 
 def origin(run: Record, section: str) -> Iterator[str]:
