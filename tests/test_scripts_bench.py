@@ -155,7 +155,7 @@ def test_a_run_prints_stores_and_describes_everything(
 
 def test_every_column_computes_the_same_linear(bench: ModuleType, fake: FakeTimer) -> None:
     devices, sections = (importlib.import_module(f"benchmarks.{name}") for name in ("devices", "sections"))
-    weight = sections.Weight.random(devices.DEVICES["cuda"].open(), (32, 64), torch.bfloat16)
+    weight = devices.DEVICES["cuda"].open().weight((32, 64), torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
     columns = sections._multiplications([weight], x)
     expected = mxfp8_ops.linear(x, *weight.canonical)

@@ -174,7 +174,7 @@ def test_bars_are_those_of_the_issue(bench: ModuleType) -> None:
 def test_every_column_computes_the_same_linear(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room("devices").Cpu, "rotated_bytes", 1)
     device = room("devices").Cpu.open()
-    weight = room("sections").Weight.random(device, (32, 64), torch.bfloat16)
+    weight = device.weight((32, 64), torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
     expected = mxfp8_ops.linear(x, *weight.canonical)
     assert_same(torch.nn.functional.linear(x, weight.folded), expected)
@@ -186,7 +186,7 @@ def test_every_column_computes_the_same_linear(bench: ModuleType, monkeypatch: p
 
 def test_r_reads_what_the_kernel_reads(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room("devices").Cpu, "rotated_bytes", 1)
-    weight = room("sections").Weight.random(room("devices").Cpu.open(), (32, 64), torch.bfloat16)
+    weight = room("devices").Cpu.open().weight((32, 64), torch.bfloat16)
     assert weight.stored.nbytes == 32 * 64 * 33 // 32
     assert weight.packed is None
     stored = weight.stored.view(torch.uint8)

@@ -8,7 +8,7 @@ import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -19,11 +19,9 @@ from mxfp8_ops.cpu import build, library
 from mxfp8_ops.environment import DEPENDENT_LAUNCH
 
 from . import cpu_reading, others, processor
-from .options import Options, Record
+from .options import Options, Record, Shape
 from .timing import Calls, CpuTimer, CudaTimer, Timer
-
-if TYPE_CHECKING:
-    from .sections import Weight
+from .weight import Weight, random_weight
 
 DEPENDENT_ROWS = 64
 """Up to so many rows of x dependent launches are measured: with more, kernels take long."""
@@ -67,6 +65,10 @@ class Device(ABC):
     def marks(self, options: Options) -> Record:
         """What every record says beside its results."""
         return {}
+
+    def weight(self, shape: Shape, dtype: torch.dtype) -> Weight:
+        """A random one for x of ``dtype``."""
+        return random_weight(shape, dtype, self.place, self.packs)
 
     def further(self, weights: Sequence[Weight], x: Tensor) -> dict[str, Calls]:
         """Columns of a linear that only this device has."""

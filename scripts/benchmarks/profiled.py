@@ -13,7 +13,7 @@ import mxfp8_ops
 from .bandwidth import CALLS
 from .devices import DEVICES
 from .options import BANDWIDTH_ROWS
-from .sections import Weight
+from .weight import Weight
 
 FUNCTIONS: dict[str, Callable[[Weight, Tensor], Tensor]] = {
     "linear_packed": Weight.linear_packed,
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> None:
     device = DEVICES["cuda"].open()
     for word in words[1:]:
         n, k = map(int, word.split("x"))
-        weight = Weight.random(device, (n, k), dtype)
+        weight = device.weight((n, k), dtype)
         for m in BANDWIDTH_ROWS:
             x = torch.randn(m, k, dtype=dtype, device=device.place)
             for name in CALLS:

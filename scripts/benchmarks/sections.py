@@ -14,10 +14,10 @@ import mxfp8_ops
 
 from . import cpu_kernels
 from .bandwidth import bandwidth
-from .case import packed_for
 from .devices import Device
 from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Records, Shape
 from .timing import Calls, cliffs, ratio, summary
+from .weight import Weight, random_dense
 
 ERROR_ROWS = 256
 """Rows of a result that are compared with float64, spread evenly."""
@@ -28,7 +28,7 @@ def elementwise(device: Device, options: Options) -> Records:
     for n, k in options.shapes:
         moved = n * k * 3 + n * k // 32
         pairs = torch.empty(device.copies(moved), 2, moved // 2, dtype=torch.uint8, device=device.place)
-        dense = [_dense(device, n, k, torch.bfloat16) for _ in range(device.copies(moved))]
+        dense = [random_dense((n, k), torch.bfloat16, device.place) for _ in range(device.copies(moved))]
         weights = [mxfp8_ops.quantize(each) for each in dense]
         columns: dict[str, Calls] = {
             "copy": [partial(pair[0].copy_, pair[1]) for pair in pairs],
@@ -50,7 +50,7 @@ def elementwise_on_cpu(device: Device, options: Options) -> Records:
         moved = n * k * 3 + n * k // 32
         copies = device.copies(moved)
         pairs = torch.ones(copies, 2, moved // 2, dtype=torch.uint8)
-        dense = [_dense(device, n, k, torch.bfloat16) for _ in range(copies)]
+        dense = [random_dense((n, k), torch.bfloat16, device.place) for _ in range(copies)]
         weights = [mxfp8_ops.quantize(each) for each in dense]
         columns: dict[str, Calls] = {
             "copy": [partial(pair[0].copy_, pair[1]) for pair in pairs],
@@ -110,7 +110,7 @@ def linear(device: Device, options: Options) -> Records:
 def host(device: Device, options: Options) -> Records:
     """Eager host time of a call, with work for the device that takes less."""
     shape = HOST_SHAPE
-    weight = Weight.random(device, shape, _dtype(options))
+    weight = device.weight(shape, _dtype(options))
     x = torch.randn(1, shape[1], dtype=_dtype(options), device=device.place)
     calls = {
         "linear_packed": partial(weight.linear_packed, x),
@@ -160,53 +160,15 @@ def emulated_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, (blocks * factors[:, :, None]).view(weight.shape).to(x.dtype))
 
 
-# --- weights -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight in every form: ``dense [N, K]`` as it was, canonical ``(weight, scale)``, packed where the device has
-    that, and dequantized. ``stored``: the bytes of the packed weight, or of the canonical one, in one piece.
-    """
-
-    dense: Tensor
-    canonical: tuple[Tensor, Tensor]
-    packed: Tensor | None
-    folded: Tensor
-    stored: Tensor
-
-    def linear_packed(self, x: Tensor) -> Tensor:
-        assert self.packed is not None
-        return mxfp8_ops.linear_packed(x, self.packed, len(self.dense))
-
-    @staticmethod
-    def random(device: Device, shape: Shape, dtype: torch.dtype) -> Weight:
-        dense = _dense(device, *shape, dtype)
-        canonical = mxfp8_ops.quantize(dense)
-        folded = mxfp8_ops.dequant(*canonical, dtype)
-        if device.packs:
-            packed = mxfp8_ops.pack(*canonical, packed_for(dtype))
-            return Weight(dense, canonical, packed, folded, packed)
-        weight, scale = canonical
-        stored = torch.cat([weight.view(torch.uint8).flatten(), scale.flatten()])
-        weight, scale = stored[: weight.numel()], stored[weight.numel() :]
-        canonical = weight.view(torch.float8_e4m3fn).view(shape), scale.view(shape[0], -1)
-        return Weight(dense, canonical, None, folded, stored.view(torch.int32))
-
-
-def _dense(device: Device, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n, k, dtype=dtype, device=device.place).mul_(k**-0.5)
+# --- weights and columns -------------------------------------------------------------------------------------
 
 
 def _weights(device: Device, shape: Shape, options: Options) -> list[Weight]:
-    return [Weight.random(device, shape, _dtype(options)) for _ in range(device.copies(shape[0] * shape[1]))]
+    return [device.weight(shape, _dtype(options)) for _ in range(device.copies(shape[0] * shape[1]))]
 
 
 def _dtype(options: Options) -> torch.dtype:
     return getattr(torch, options.dtype)
-
-
-# --- columns -------------------------------------------------------------------------------------------------
 
 
 def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Sequence[Callable[[], Tensor]]]:
