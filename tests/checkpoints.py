@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dialects import BLOCK_ROWS, WRITERS, Content, block_constant, padded, random_content
 from helpers import assert_same
 from safetensors.torch import load_file, save_file
@@ -95,6 +96,26 @@ def save(folder: Path, weights: dict[str, Tensor], config: dict[str, Any] | None
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def weights_by_name() -> dict[str, Tensor]:
+    """No architecture that anybody knows; every dtype that can be quantized."""
+    return {
+        "layers.0.up.weight": torch.randn(96, 64).bfloat16(),
+        "layers.0.up.bias": torch.randn(96).bfloat16(),
+        "layers.0.down.weight": torch.randn(64, 96).half(),
+        "layers.1.up.weight": torch.randn(7, 320) * torch.logspace(-20, 20, 7)[:, None],
+        "layers.1.odd.weight": torch.randn(64, 40),
+        "layers.1.gate.weight": torch.randn(8, 64),
+        "layers.1.counts.weight": torch.ones(8, 64, dtype=torch.int64),
+        "layers.1.wide.weight": torch.randn(8, 64).double(),
+        "mlp.experts.gate_up_proj": torch.randn(2, 64, 64),
+        "conv.weight": torch.randn(8, 3, 3, 32),
+        "tok_embeddings.weight": torch.randn(16, 64),
+        "norm.weight": torch.randn(64),
+        "lm_head.weight": torch.randn(16, 64),
+        "in_proj_weight": torch.randn(64, 64),
+    }
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import quantization_config, save, tensors_in, weights_by_name
 from helpers import assert_same
-from test_checkpoint_conversion import quantization_config, save, tensors, weights_by_name
 from torch import nn
 
 import mxfp8_ops
@@ -52,7 +52,7 @@ def test_transformers_itself_loads_what_is_written(llama: Path, tmp_path: Path, 
     if format != "compressed-tensors":
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(1, 32))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, **options)
-    state, original = loaded.state_dict(), tensors(llama)
+    state, original = loaded.state_dict(), tensors_in(llama)
     if format == "compressed-tensors":
         loaded(torch.arange(4)[None])  # which decompresses
         state = loaded.state_dict()
@@ -67,7 +67,7 @@ def test_a_tied_output_is_named_though_it_has_no_tensor(llama: Path, tmp_path: P
     summary = convert(llama, tmp_path / "out")
     assert "linears were told by LlamaForCausalLM of transformers" in summary.notes
     assert quantization_config(tmp_path / "out")["ignore"] == ["lm_head"]
-    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    assert "lm_head.weight" not in tensors_in(tmp_path / "out")
     assert {row.name: row.reason for row in summary.layers if row.action == "left"} == {
         "model.embed_tokens": "Embedding, not Linear"
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SCALES, assert_holds, quantization_config, save, tensors_in
+from checkpoints import SCALES, assert_holds, quantization_config, save, tensors_in, weights_by_name
 from torch import Tensor
 
 from mxfp8_ops import reference
@@ -18,27 +18,6 @@ from mxfp8_ops.checkpoint.converting.summary import Row, Summary
 from mxfp8_ops.checkpoint.formats import WRITABLE
 
 # --- floats to MXFP8 -----------------------------------------------------------------------------------------
-
-
-def weights_by_name() -> dict[str, Tensor]:
-    """No architecture that anybody knows; every dtype that can be quantized."""
-    return {
-        "layers.0.up.weight": torch.randn(96, 64).bfloat16(),
-        "layers.0.up.bias": torch.randn(96).bfloat16(),
-        "layers.0.down.weight": torch.randn(64, 96).half(),
-        "layers.1.up.weight": torch.randn(7, 320) * torch.logspace(-20, 20, 7)[:, None],
-        "layers.1.odd.weight": torch.randn(64, 40),
-        "layers.1.gate.weight": torch.randn(8, 64),
-        "layers.1.counts.weight": torch.ones(8, 64, dtype=torch.int64),
-        "layers.1.wide.weight": torch.randn(8, 64).double(),
-        "mlp.experts.gate_up_proj": torch.randn(2, 64, 64),
-        "conv.weight": torch.randn(8, 3, 3, 32),
-        "tok_embeddings.weight": torch.randn(16, 64),
-        "norm.weight": torch.randn(64),
-        "lm_head.weight": torch.randn(16, 64),
-        "in_proj_weight": torch.randn(64, 64),
-    }
-
 
 QUANTIZED_BY_NAME = ["layers.0.up", "layers.0.down", "layers.1.up"]
 LEFT_BY_NAME = {
