@@ -2,7 +2,7 @@
 
 The model's table was fitted to some 2800 times of an H200 (132 multiprocessors), of packed and of canonical weights of
 20 shapes from 1024x4096 to 28672x8192 and 16 to 2048 rows of x: first of all so that it prefers fast plans. Its choice
-took 1.0014 times as long as the fastest plan on average, 1.06 times at worst; tables that were fitted without six of
+took 1.0014 times as long as the fastest plan on average, 1.06 times at worst; a table that was fitted without six of
 the shapes chose plans for those that took 1.004 times as long. It counts how many programs there are for a
 multiprocessor, so it holds for other shapes and other numbers of multiprocessors. ``MXFP8_AUTOTUNE=1`` measures the
 same plans instead.

@@ -14,7 +14,7 @@ def read(words: Tensor, elements: int, steps: int) -> None:
 
 
 @triton.jit
-def read_kernel(words, count, ELEMENTS: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def read_kernel(words, count, ELEMENTS: tl.constexpr, STEPS: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * ELEMENTS * STEPS
     offset = start + tl.arange(0, ELEMENTS)
     total = tl.zeros((ELEMENTS,), tl.int32)

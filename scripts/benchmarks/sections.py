@@ -56,18 +56,16 @@ def elementwise_on_cpu(device: Device, options: Options) -> Records:
             "copy": [partial(pair[0].copy_, pair[1]) for pair in pairs],
             "copy of dense": [each.clone for each in dense],
             "copy of quantized": [weight.clone for weight, _ in weights],
-            **_elementwise_columns(weights, dense),
         }
         copied = {"copy": moved, "copy of dense": 4 * n * k, "copy of quantized": 2 * n * k}
-        alone = cpu_kernels.columns(weights, dense)
-        times = _times(device, columns | alone, options)
+        operators, alone = _elementwise_columns(weights, dense), cpu_kernels.columns(weights, dense)
+        times = _times(device, columns | operators | alone, options)
         speeds = {name: copied.get(name, moved) / time["us"] for name, time in times.items()}
-        fractions = {}
-        for name in [name for name in speeds if name not in copied]:
-            like = "copy" if name in alone else "copy of dense" if "dequant" in name else "copy of quantized"
-            fractions[name] = round(speeds[name] / speeds[like], 4)
+        like = {name: "copy of dense" if "dequant" in name else "copy of quantized" for name in operators}
+        like |= dict.fromkeys(alone, "copy")
+        fractions = {name: round(speeds[name] / speeds[copy], 4) for name, copy in like.items()}
         yield {"n": n, "k": k, "bytes": moved, "times": times, "fractions": fractions, **device.marks(options)}
-        del pairs, dense, weights, columns, alone
+        del pairs, dense, weights, columns, operators, alone
 
 
 def _elementwise_columns(weights: list[tuple[Tensor, Tensor]], dense: list[Tensor]) -> dict[str, Calls]:
