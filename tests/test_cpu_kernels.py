@@ -92,6 +92,18 @@ def test_linear_is_exact_for_every_tile_of_x(level: Calls, m: int, dtype: torch.
     assert_same(level.linear(x, weight, scale), reference.linear(x, weight, scale))
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(65, 45, 2080), (70, 600, 1120), (257, 33, 1056)])
+def test_many_rows_of_x_are_exact_in_every_part(level: Calls, m: int, n: int, k: int) -> None:
+    """More of x than goes at once, more rows of the weight than take turns, and more columns than are decoded together;
+    and what only the reference's way can do stays where it is.
+    """
+    x, weight, scale, bias = exact_linear_inputs(m, n, k, torch.bfloat16)
+    weight.view(torch.uint8)[n - 1, k - 1] = 0x7F
+    scale[n // 2, 1] = 255
+    scale[n // 3, -1], weight.view(torch.uint8)[n // 3, -32:] = 254, 0
+    assert_same(level.linear(x, weight, scale, bias), reference.linear(x, weight, scale, bias))
+
+
 def unaligned(tensor: Tensor) -> Tensor:
     """A copy that begins at an odd address."""
     size = tensor.numel() * tensor.element_size()
@@ -182,7 +194,7 @@ def test_no_byte_beyond_the_last_is_touched(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_the_number_of_threads_or_the_turn(level: Calls, dtype: torch.dtype) -> None:
     weight, scale = reference.quantize(torch.randn(515, 1056))
-    for m in (1, 4, 16, 40):
+    for m in (1, 4, 16, 40, 70):
         x, bias = torch.randn(m, 1056).to(dtype), torch.randn(515).to(dtype)
         first = Calls(level.library, 1).linear(x, weight, scale, bias)
         for threads in (1, 2, 3, 3, 3):
@@ -209,7 +221,7 @@ def test_several_threads_of_python_at_once(level: Calls) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 4, 16, 48])
+@pytest.mark.parametrize("m", [1, 4, 16, 48, 80])
 def test_error_is_no_larger_than_that_of_f_linear(level: Calls, m: int, dtype: torch.dtype) -> None:
     weight, scale = reference.quantize(torch.randn(256, 2080))
     x, bias = torch.randn(m, 2080).to(dtype), torch.randn(256).to(dtype)
@@ -224,7 +236,7 @@ def test_error_is_no_larger_than_that_of_f_linear(level: Calls, m: int, dtype: t
     assert ours <= theirs * (1.5 if dtype == torch.float32 else 1.001)
 
 
-@pytest.mark.parametrize("m", [1, 3, 8, 24, 40])
+@pytest.mark.parametrize("m", [1, 3, 8, 24, 40, 70])
 @pytest.mark.parametrize("exponent", [-133, -126, -110, -71, -70, -50, 50, 100])
 def test_x_of_any_magnitude(level: Calls, m: int, exponent: int) -> None:
     """Where products of bfloat16 would be flushed to zero, they are not."""
@@ -237,7 +249,7 @@ def test_x_of_any_magnitude(level: Calls, m: int, exponent: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 4, 16, 40])
+@pytest.mark.parametrize("m", [1, 4, 16, 40, 70])
 def test_nan_and_infinity_in_x_stay_in_their_rows(level: Calls, m: int, dtype: torch.dtype) -> None:
     x, weight, scale, bias = exact_linear_inputs(m, 13, 288, dtype)
     for value in (torch.nan, torch.inf, -torch.inf):
@@ -248,7 +260,7 @@ def test_nan_and_infinity_in_x_stay_in_their_rows(level: Calls, m: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 4, 24, 40])
+@pytest.mark.parametrize("m", [1, 4, 24, 40, 70])
 @pytest.mark.parametrize("byte", [0, 1, 86, 87, 111, 112, 134, 135, 167, 168, 255])
 def test_one_block_of_another_scale_among_others(level: Calls, m: int, byte: int, dtype: torch.dtype) -> None:
     _, weight, scale, _ = exact_linear_inputs(1, 13, 288, dtype)

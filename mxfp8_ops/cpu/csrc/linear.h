@@ -1,9 +1,10 @@
 // linear: which tiles compute it.
 #pragma once
 
+#include "panels.h"
 #include "problem.h"
 #include "rows.h"
-#include "tiles.h"
+#include "streamed.h"
 #include "wide.h"
 
 namespace {
@@ -141,79 +142,100 @@ void linear_wide(const Problem<bf16>& p, const bf16* packed, int64_t m) {
 
 // --- matrix tiles ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFewestTiled = 3;  // rows of x
-
-// Rows [m, last_m) of x, packed as pack_x leaves them.
-inline void linear_tiled(const Problem<bf16>& p, const bf16* packed, int64_t m, int64_t last_m) {
-  static thread_local Buffer buffer;
-  const int64_t count = last_m - m, columns = packed_columns(p.k), groups = (count + kTile - 1) / kTile;
-  const int64_t of_group = count <= 4 ? 4 : count <= 8 ? 8 : kTile;  // rows of x: fewer leave more of the L1 cache
-  const int64_t group = columns / 2 * of_group;
-  uint32_t* pairs = buffer.at_least<uint32_t>(groups * group);
-  const int threads = threads_for(8 * groups * group, p.threads);
-  in_portions(columns / 2, 8 * of_group, threads, kAnyTile, [&](int64_t first, int64_t last) {
-    for (int64_t v = 0; v < groups; v++) {
-      int64_t row = m + v * kTile, rows = std::min<int64_t>(last_m - row, kTile);
-      pair_x(packed + row * columns, rows, columns, of_group, first, last, pairs + v * group);
-    }
-  });
-  const int64_t together = groups > 2 ? kTileRows * kTogether : kTile, width = groups * of_group;
-  in_portions(p.n, p.k, p.threads, together, [&](int64_t row, int64_t last) {
-    static thread_local Buffer own;
-    float* sums = own.at_least<float>(together * width);
-    Tiles tiles(of_group);
-    for (; row < last; row += together) {
-      bool good[kTogether];
-      const int64_t next = std::min(row + together, last);
-      if (groups > 2) {
-        tiled_rows(p, pairs, groups, row, next, sums, good);
-      } else {
-        auto tile = groups == 1 ? streamed_tile<1> : streamed_tile<2>;
-        good[0] = tile(p, pairs, of_group, row, static_cast<int>(next - row), sums);
-      }
-      for (int64_t r = row; r < next; r++) {
-        if (!good[(r - row) / kTileRows]) write_exact(p, m, last_m, r, r + 1);
-      }
-      for (int64_t i = m; i < last_m; i++)
-        for (int64_t r = row; r < next; r++)
-          if (good[(r - row) / kTileRows]) p.write(i, r, sums[(r - row) * width + i - m]);
+// Up to kMostStreamed rows of x, in groups of `width`.
+inline void linear_streamed(const Problem<bf16>& p, const uint32_t* pairs, int64_t width) {
+  constexpr decltype(&streamed_tile<1>) kTiles[] = {streamed_tile<1>, streamed_tile<2>, streamed_tile<3>, streamed_tile<4>};
+  const auto tile = kTiles[(p.m - 1) / kTile];
+  in_portions(p.n, p.k, p.threads, kTile, [&](int64_t row, int64_t last) {
+    Tiles tiles(width);
+    alignas(64) float sums[4 * kTile * kTile];
+    for (; row < last; row += kTile) {
+      const int rows = static_cast<int>(std::min<int64_t>(last - row, kTile));
+      const bool done = tile(p, pairs, width, row, rows, sums);
+      if (!done) write_exact(p, 0, p.m, row, row + rows);
+      for (int64_t m = 0; done && m < p.m; m += width)
+        write_sums(p, m, std::min(p.m - m, width), row, rows, sums + m * kTile, width);
     }
   });
 }
 
-inline void linear_tiled(const Problem<bf16>& p, const bf16* packed) {
-  for (int64_t m = 0; m < p.m; m += kMostRows) linear_tiled(p, packed, m, std::min(m + kMostRows, p.m));
+// Rows [m, last_m) of x.
+inline void linear_by_panels(const Problem<bf16>& p, const uint32_t* pairs, int64_t m, int64_t last_m) {
+  constexpr int64_t kSize = kTile * kTile, kRows = kTogether * kTileRows;
+  const int64_t groups = (last_m - m + kTile - 1) / kTile;
+  in_portions(p.n, p.k, p.threads, kRows, [&](int64_t row, int64_t last) {
+    static thread_local Buffer buffer;
+    float* sums = buffer.at_least<float>(kTogether * groups * 2 * kSize);
+    bool good[kTogether];
+    Tiles tiles;
+    for (; row < last; row += kRows) {
+      const int64_t next = std::min(row + kRows, last);
+      multiply_panels(p, pairs, groups, row, next, sums, good);
+      for (int64_t r = row; r < next; r += kTile) {
+        const int64_t rows = std::min<int64_t>(next - r, kTile), half = (r - row) / kTile;
+        const float* of_rows = sums + (half / 2 * groups * 2 + half % 2) * kSize;
+        const bool done = good[half / 2];
+        if (!done) write_exact(p, m, last_m, r, r + rows);
+        for (int64_t v = 0; done && v < groups; v++)
+          write_sums(p, m + v * kTile, std::min<int64_t>(last_m - m - v * kTile, kTile), r, rows, of_rows + v * 2 * kSize, kTile);
+      }
+    }
+  });
+}
+
+// False if x holds a value that is too small for dot products.
+inline bool linear_tiled(const Problem<bf16>& p) {
+  const int64_t width = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kTile;  // fewer leave more of the L1 cache
+  const uint32_t* pairs = paired_x(p, width);
+  if (pairs == nullptr) return false;
+  if (p.m <= kMostStreamed) {
+    linear_streamed(p, pairs, width);
+    return true;
+  }
+  for (int64_t m = 0; m < p.m; m += kMostRows)
+    linear_by_panels(p, pairs + m * (packed_columns(p.k) / 2), m, std::min(m + kMostRows, p.m));
+  return true;
 }
 
 #endif
 
 // --- which of them --------------------------------------------------------------------------------------------------
 
+// Any x, as float32.
 template <class T>
-void linear(const Problem<T>& p) {
+void linear_of_floats(const Problem<T>& p) {
   const f32* packed = packed_x<f32>(p);
   for (int64_t m = 0; m < p.m; m += 8) linear_of_few(p, packed, m);
 }
 
+template <class T>
+void linear(const Problem<T>& p) {
+  linear_of_floats(p);
+}
+
+#if MXFP8_LEVEL == 3
+
 template <>
 void linear<bf16>(const Problem<bf16>& p) {
   const bf16* packed = packed_x<bf16>(p);
-  if (packed == nullptr) {
-    const f32* wider = packed_x<f32>(p);
-    for (int64_t m = 0; m < p.m; m += 8) linear_of_few(p, wider, m);
-    return;
-  }
+  if (packed == nullptr) return linear_of_floats(p);
   int64_t m = 0;
-#if MXFP8_LEVEL == 3
   for (; p.m - m > 48; m += 64) linear_wide<4>(p, packed, m);
   if (p.m - m > 32) return linear_wide<3>(p, packed, m);
   if (p.m - m > 16) return linear_wide<2>(p, packed, m);
   if (p.m - m > 8) return linear_wide<1>(p, packed, m);
-#else
-  if (p.m >= kFewestTiled) return linear_tiled(p, packed);
-#endif
-  if (p.m - m > 0) return linear_of_few(p, packed, m);
+  if (p.m - m > 0) linear_of_few(p, packed, m);
 }
+
+#else
+
+// CPUs with matrix tiles multiply float32 twice as fast as pairs of bfloat16.
+template <>
+void linear<bf16>(const Problem<bf16>& p) {
+  if (p.m == 1 || !linear_tiled(p)) linear_of_floats(p);
+}
+
+#endif
 
 #endif
 

@@ -1,22 +1,19 @@
-// Level "amx_bf16": linear on bfloat16 by matrix tiles, 16 rows of the weight by 16 of x, 32 elements of K at a time.
+// Level "amx_bf16": what products of matrix tiles are made of. 16 rows of the weight by 16 of x, 32 elements of K at a time.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 
-#include "wide.h"
+#include "dot.h"
 
 #if MXFP8_LEVEL >= 4
 
 namespace {
 
-constexpr int kTile = 16;              // rows of a tile, and columns of one of sums
-constexpr int kTileRows = 2 * kTile;   // rows of the weight in a panel
-constexpr int kTileColumns = 32;       // elements of K in a tile of bfloat16
-constexpr int kStep = 64;              // columns decoded at a time for few rows of x
-constexpr int64_t kStreamAhead = 256;  // bytes of a weight's row between these and what is asked for
-constexpr int kTogether = 4;           // tiles of the weight for which a part of x stays in the L2 cache
-constexpr int64_t kMostRows = 512;     // of x, multiplied by the whole weight before the next
+constexpr int kTile = 16;                        // rows of a tile, and columns of one of sums
+constexpr int kTileColumns = 32;                 // elements of K in a tile of bfloat16
+constexpr int kTileSize = kTile * kTileColumns;  // elements of such a tile
+constexpr int kStep = 2 * kTileColumns;          // columns that are decoded together: two tiles
 
 // Eight tiles of 16 rows by up to 64 bytes: 0 to 3 are sums, 4 and 5 weights, 6 and 7 pairs of x. A thread keeps what it is
 // told until it lets go, which it must, or the system saves the tiles with it for ever.
@@ -30,6 +27,7 @@ struct Tiles {
       uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
     } config;
     for (int tile : {0, 1, 2, 3, 6, 7}) config.bytes[tile] = x;
+    asm volatile("" : : "r"(&config) : "memory");  // compilers think that only eight bytes of it are read
     _tile_loadconfig(&config);
   }
   Tiles(const Tiles&) = delete;
@@ -40,134 +38,103 @@ struct Tiles {
 // Compilers do not know that instructions on tiles read and write memory.
 inline void compiled_in_order() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
-// sums[r][m], rows `width` apart, of 32 rows of a panel by V groups of 16 rows of x; added to what is there unless these
-// are the first columns.
-template <int V>
-inline void multiply_tiles(const bf16* panel, const uint32_t* pairs, int64_t group, int64_t columns, float* sums,
-                           int64_t width, bool first) {
-  const int64_t stride = width * static_cast<int64_t>(sizeof(float)), panel_stride = kPanel * sizeof(bf16);
-  float* lower = sums + kTile * width;
-  compiled_in_order();
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, stride);
-    _tile_loadd(1, lower, stride);
-    if (V == 2) {
-      _tile_loadd(2, sums + kTile, stride);
-      _tile_loadd(3, lower + kTile, stride);
-    }
+// 16 by 16 words of 32 bits: first within each 4 by 4 of them, then those among each other.
+inline void transpose(__m512i rows[kTile]) {
+  for (int i = 0; i < kTile; i += 4) {
+    __m512i *a = rows + i, low01 = _mm512_unpacklo_epi32(a[0], a[1]), high01 = _mm512_unpackhi_epi32(a[0], a[1]);
+    __m512i low23 = _mm512_unpacklo_epi32(a[2], a[3]), high23 = _mm512_unpackhi_epi32(a[2], a[3]);
+    a[0] = _mm512_unpacklo_epi64(low01, low23), a[1] = _mm512_unpackhi_epi64(low01, low23);
+    a[2] = _mm512_unpacklo_epi64(high01, high23), a[3] = _mm512_unpackhi_epi64(high01, high23);
   }
-  for (int64_t column = 0; column < columns; column += kTileColumns) {
-    _tile_loadd(4, panel + column, panel_stride);
-    _tile_loadd(5, panel + kTile * kPanel + column, panel_stride);
-    _tile_loadd(6, pairs + column / 2 * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    if (V == 2) {
-      _tile_loadd(7, pairs + group + column / 2 * kTile, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+  constexpr int kEven = 0x88, kOdd = 0xdd;
+  for (int i = 0; i < 4; i++) {
+    __m512i *a = rows + i, even01 = _mm512_shuffle_i32x4(a[0], a[4], kEven), odd01 = _mm512_shuffle_i32x4(a[0], a[4], kOdd);
+    __m512i even23 = _mm512_shuffle_i32x4(a[8], a[12], kEven), odd23 = _mm512_shuffle_i32x4(a[8], a[12], kOdd);
+    a[0] = _mm512_shuffle_i32x4(even01, even23, kEven), a[8] = _mm512_shuffle_i32x4(even01, even23, kOdd);
+    a[4] = _mm512_shuffle_i32x4(odd01, odd23, kEven), a[12] = _mm512_shuffle_i32x4(odd01, odd23, kOdd);
   }
-  _tile_stored(0, sums, stride);
-  _tile_stored(1, lower, stride);
-  if (V == 2) {
-    _tile_stored(2, sums + kTile, stride);
-    _tile_stored(3, lower + kTile, stride);
-  }
-  compiled_in_order();
 }
 
-// --- few rows of x: as fast as the weight can be read ---------------------------------------------------------------
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-// Adds the products of kStep columns of 16 rows of the weight with V groups of `width` rows of x to tiles: one for each group
-// and each half of the columns. In one tile all products of a group would wait for each other.
-template <int V>
-inline void multiply_step(const bf16 panel[kTile][kStep], const uint32_t* pairs, int64_t width, int64_t group) {
-  constexpr int64_t kStride = kStep * sizeof(bf16);
-  const int64_t stride = width * static_cast<int64_t>(sizeof(uint32_t));
-  const uint32_t* second = pairs + kTileColumns / 2 * width;
-  compiled_in_order();
-  _tile_loadd(4, panel[0], kStride);
-  _tile_loadd(5, panel[0] + kTileColumns, kStride);
-  _tile_loadd(6, pairs, stride);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, second, stride);
-  _tile_dpbf16ps(1, 5, 7);
-  if (V == 2) {
-    _tile_loadd(6, pairs + group, stride);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, second + group, stride);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  compiled_in_order();
+// --- x ------------------------------------------------------------------------------------------------------------------
+
+inline bool are_large(__m512i words) {  // zeros are, and zero less one is the largest of all
+  const __m512i smallest = _mm512_set1_epi16((127 + kLowestExponentOfX) << 7), one = _mm512_set1_epi16(1);
+  __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
+  return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(magnitude, one), _mm512_sub_epi16(smallest, one)) == 0;
 }
 
-// sums[r][V][width] of V groups of as many rows of x, pairs [V][K/2][width][2], by the first `rows` of 16 rows of the weight.
-// Steps are short, and sums stay in tiles: while the matrix unit works on one step the next is decoded, and reading the
-// weight never pauses. With 32 rows, or longer steps, what was asked for would leave the L1 cache before it is used. False as
-// in dot_tile.
-template <int V>
-__attribute__((noinline)) bool streamed_tile(const Problem<bf16>& p, const uint32_t* pairs, int64_t width, int64_t row,
-                                             int rows, float* sums) {
-  if (!are_within(kTableRange<bf16>, p.scales_of(row), rows * (p.k / kBlock))) return false;
-  alignas(64) bf16 panel[kTile][kStep] = {};
-  const int64_t step_of_x = kStep / 2 * width, group = packed_columns(p.k) / 2 * width;
-  Decoder decode;
-  compiled_in_order();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t step = 0; step * kStep < p.k; step++) {
-    decode_columns<kStreamAhead>(p.codes_of(row), p.scales_of(row), rows, p.k, step * kStep, decode, panel[0], kStep);
-    multiply_step<V>(panel, pairs + step * step_of_x, width, group);
+// kStep columns of up to 16 rows of x, or the half of them that is left, as pairs [kStep/2][width][2], in the order in which
+// Decoder gives weights. False if a value is too small for dot products.
+inline bool pair_step(const bf16* x, int64_t stride, int64_t rows, bool half, int64_t width, uint32_t* pairs) {
+  __m512i even[kTile], odd[kTile];
+  bool large = true;
+  for (int r = 0; r < kTile; r++) {
+    __m512i lower = _mm512_setzero_si512(), upper = lower;
+    if (r < rows) lower = _mm512_loadu_si512(x + r * stride);
+    if (r < rows && !half) upper = _mm512_loadu_si512(x + r * stride + kTileColumns);
+    large &= are_large(lower) && are_large(upper);
+    even[r] = _mm512_shuffle_i32x4(lower, upper, 0x88);  // of eight pieces 0, 2, 4, 6
+    odd[r] = _mm512_shuffle_i32x4(lower, upper, 0xdd);
   }
-  float parts[4][kTile * kTile];
-  const int64_t stride = width * static_cast<int64_t>(sizeof(float));
-  _tile_stored(0, parts[0], stride);
-  _tile_stored(1, parts[1], stride);
-  _tile_stored(2, parts[2], stride);
-  _tile_stored(3, parts[3], stride);
-  compiled_in_order();
-  for (int r = 0; r < kTile; r++)
-    for (int v = 0; v < V; v++)
-      for (int64_t i = 0; i < width; i++)
-        sums[(r * V + v) * width + i] = parts[2 * v][r * width + i] + parts[2 * v + 1][r * width + i];
-  return !decode.seen_nan();
+  transpose(even);
+  transpose(odd);
+  for (int i = 0; i < kTile; i++) {
+    _mm512_mask_storeu_epi32(pairs + i * width, first_lanes(width), even[i]);
+    _mm512_mask_storeu_epi32(pairs + (kTile + i) * width, first_lanes(width), odd[i]);
+  }
+  return large;
 }
 
-// --- more rows of x: panels, multiplied by all of them ----------------------------------------------------------------
-
-// sums[r][m] of 16 `groups` rows of x, pairs [groups][K/2][16][2], by rows [row, last) of the weight, at most kTogether
-// tiles, which take turns with each part of x. Where good[tile] is false, as from dot_tile, the sums are anything.
-inline void tiled_rows(const Problem<bf16>& p, const uint32_t* pairs, int64_t groups, int64_t row, int64_t last, float* sums,
-                       bool good[kTogether]) {
-  alignas(64) static thread_local bf16 panel[kTileRows][kPanel];
-  const int64_t group = packed_columns(p.k) / 2 * kTile, width = groups * kTile;
-  const int64_t tiles = (last - row + kTileRows - 1) / kTileRows;
-  auto rows_of = [&](int64_t tile) { return static_cast<int>(std::min<int64_t>(last - row - tile * kTileRows, kTileRows)); };
-  for (int64_t t = 0; t < tiles; t++)
-    good[t] = are_within(kTableRange<bf16>, p.scales_of(row + t * kTileRows), rows_of(t) * (p.k / kBlock));
-  for (int64_t first = 0; first < p.k; first += kPanel) {
-    const int64_t next = std::min<int64_t>(first + kPanel, p.k), columns = packed_columns(next - first);
-    const uint32_t* x = pairs + first / 2 * kTile;
-    for (int64_t t = 0; t < tiles; t++) {
-      if (!good[t]) continue;
-      const int64_t from = row + t * kTileRows;
-      Decoder decode;
-      decode_panel(p.codes_of(from), p.scales_of(from), rows_of(t), p.k, first, next, decode, panel);
-      good[t] = !decode.seen_nan();
-      float* tile_sums = sums + t * kTileRows * width;
-      int64_t v = 0;
-      for (; v + 2 <= groups; v += 2)
-        multiply_tiles<2>(panel[0], x + v * group, group, columns, tile_sums + v * kTile, width, first == 0);
-      if (v < groups) multiply_tiles<1>(panel[0], x + v * group, group, columns, tile_sums + v * kTile, width, first == 0);
+// All rows of x as pairs [groups][K/2][width][2], a group being `width` rows; null if a value is too small.
+inline const uint32_t* paired_x(const Problem<bf16>& p, int64_t width) {
+  static thread_local Buffer buffer;
+  const int64_t steps = packed_columns(p.k) / kStep, groups = (p.m + width - 1) / width, step_size = kStep / 2 * width;
+  uint32_t* pairs = buffer.at_least<uint32_t>(groups * steps * step_size);
+  std::atomic<bool> fit{true};
+  in_portions(groups * steps, 4 * step_size, threads_for(8 * groups * steps * step_size, p.threads), 1, [&](int64_t i, int64_t last) {
+    for (; i < last; i++) {
+      const int64_t m = i / steps * width, column = i % steps * kStep, rows = std::min(p.m - m, width);
+      const bool half = p.k - column < kStep;
+      if (!pair_step(p.x + m * p.stride + column, p.stride, rows, half, width, pairs + i * step_size)) fit = false;
     }
+  });
+  return fit ? pairs : nullptr;
+}
+
+// --- the weight -----------------------------------------------------------------------------------------------------------
+
+// Decodes 64 columns of some rows to two tiles, the second of which is so many elements after the first. Weights that follow
+// `ahead` bytes later are asked for.
+inline void decode_rows(const uint8_t* codes, const uint8_t* scales, int64_t k, int64_t rows, bool half, int64_t ahead,
+                        Decoder& decode, bf16* tile, int64_t second) {
+  for (int64_t r = 0; r < rows; r++) {
+    __m512i minus = minus_of(scales[0], scales[half ? 0 : 1]), even, odd;
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + static_cast<uintptr_t>(ahead)));
+    decode(load_codes(codes, half), minus, minus, even, odd);
+    _mm512_store_si512(tile + r * kTileColumns, even);
+    _mm512_store_si512(tile + second + r * kTileColumns, odd);
+    codes += k;
+    scales += k / kBlock;
+  }
+}
+
+// --- results ------------------------------------------------------------------------------------------------------------
+
+// Of `rows` rows of the weight by `count` of x, from sums [16][width].
+inline void write_sums(const Problem<bf16>& p, int64_t m, int64_t count, int64_t row, int64_t rows, const float* sums,
+                       int64_t width) {
+  const __mmask16 valid = first_lanes(rows);
+  __m512i by_x[kTile];
+  for (int r = 0; r < kTile; r++) by_x[r] = _mm512_maskz_loadu_epi32(first_lanes(width), sums + r * width);
+  transpose(by_x);
+  __m512i bias = _mm512_setzero_si512();
+  if (p.bias != nullptr) bias = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p.bias + row)), 16);
+  for (int64_t i = 0; i < count; i++) {
+    vec value = _mm512_castsi512_ps(by_x[i]);
+    if (p.bias != nullptr) value = add(value, _mm512_castsi512_ps(bias));
+    _mm256_mask_storeu_epi16(p.out + (m + i) * p.n + row, valid, to_bf16(value));
   }
 }
 

@@ -1,9 +1,9 @@
-// Level "avx512_bf16", more rows of x: 16 of them in one vector, against pairs of weights broadcast from a decoded panel.
+// Level "avx512_bf16" alone, more rows of x: 16 of them in one vector, against pairs of weights broadcast from a decoded panel.
 #pragma once
 
 #include "dot.h"
 
-#if MXFP8_LEVEL >= 3
+#if MXFP8_LEVEL == 3
 
 namespace {
 
@@ -13,28 +13,22 @@ constexpr int kPanel = 512;    // columns decoded at a time: they stay in the L1
 // Rows of the weight in a tile, by vectors of x: as many sums as there are registers for.
 constexpr int wide_rows(int vectors) { return vectors == 1 ? 12 : vectors == 4 ? 4 : 8; }
 
-// Decodes 64 columns of some rows, in the order of pack_x, to rows `width` apart. Weights are asked for as far ahead of them.
-template <int64_t Ahead>
-inline void decode_columns(const uint8_t* codes, const uint8_t* scales, int rows, int64_t k, int64_t column, Decoder& decode,
-                           bf16* panel, int64_t width) {
-  const bool half = column + 64 > k;
-  for (int r = 0; r < rows; r++) {
-    const uint8_t* row = codes + r * k;
-    const uint8_t* pair = scales + r * (k / kBlock) + column / kBlock;
-    __m512i minus = minus_of(pair[0], pair[half ? 0 : 1]), even, odd;
-    prefetch<Ahead>(row, column, k, rows);
-    decode(load_codes(row + column, half), minus, minus, even, odd);
-    _mm512_store_si512(panel + r * width, even);
-    _mm512_store_si512(panel + r * width + 32, odd);
-  }
-}
-
 // Decodes columns [first, last): panel [rows][kPanel]. Column by column, so that many rows are read from at once: row by row
 // took up to 15 % longer.
 inline void decode_panel(const uint8_t* codes, const uint8_t* scales, int rows, int64_t k, int64_t first, int64_t last,
                          Decoder& decode, bf16 panel[][kPanel]) {
-  for (int64_t column = first; column < last; column += 64)
-    decode_columns<kPanel>(codes, scales, rows, k, column, decode, panel[0] + (column - first), kPanel);
+  for (int64_t column = first; column < last; column += 64) {
+    const bool half = column + 64 > k;
+    for (int r = 0; r < rows; r++) {
+      const uint8_t* row = codes + r * k;
+      const uint8_t* pair = scales + r * (k / kBlock) + column / kBlock;
+      __m512i minus = minus_of(pair[0], pair[half ? 0 : 1]), even, odd;
+      prefetch<kPanel>(row, column, k, rows);
+      decode(load_codes(row + column, half), minus, minus, even, odd);
+      _mm512_store_si512(panel[r] + column - first, even);
+      _mm512_store_si512(panel[r] + column - first + 32, odd);
+    }
+  }
 }
 
 // sums[r][m] of 16 V rows of x, pairs [K/2][16 V][2], by the first `rows` of R rows of the weight; the other sums are
