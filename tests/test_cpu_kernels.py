@@ -324,6 +324,18 @@ def test_quantize_of_every_value_of_a_short_dtype(level: Calls, rule: str, dtype
             assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_of_much_is_the_same_past_the_caches(level: Calls, dtype: torch.dtype) -> None:
+    x = torch.randn(131, 64 * 1024 + 32).to(dtype)  # 8.6 million, and a group of blocks that is not whole
+    x[::9, ::5], x[70, 300] = 0, torch.nan
+    weight, scale = reference.quantize(x, "rceil")
+    memory = torch.zeros(x.numel() + 64, dtype=torch.uint8)
+    for first in (-memory.data_ptr() % 64, 1):  # aligned, and not
+        codes = memory[first : first + x.numel()].view(torch.float8_e4m3fn).view(x.shape)
+        for actual, expected in zip(level.quantize_into(x, "rceil", codes, scale.clone()), (weight, scale), strict=True):
+            assert torch.equal(bits(actual), bits(expected))
+
+
 # --- pages of memory ---------------------------------------------------------------------------------------
 
 
