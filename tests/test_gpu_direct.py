@@ -1,5 +1,5 @@
 """The kernel for very few rows of x, without a Hopper chip: compiled for one, and simulated on the CPU. Results on the
-chip itself are in tests/test_gpu_packed.py.
+chip itself are in tests/test_gpu_packed*.py.
 """
 
 from __future__ import annotations

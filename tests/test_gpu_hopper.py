@@ -1,5 +1,5 @@
 """The kernels for Hopper on tiles, on packed and on canonical weights, without such a chip: compiled for one; and what
-becomes of weights where they cannot be had. Results on the chip itself are in tests/test_gpu_packed.py.
+becomes of weights where they cannot be had. Results on the chip itself are in tests/test_gpu_packed*.py.
 """
 
 from __future__ import annotations

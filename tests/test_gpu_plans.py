@@ -1,55 +1,25 @@
-"""Plans for Hopper: whatever the size, one that the kernels can run and whose programs do each part once."""
+"""Plans for Hopper: whatever the size, one that the kernels can run, and the fastest by the model or by measurement."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from compiling import launches, one_tile, source_of, tiled_kernels
+from compiling import one_tile, source_of, tiled_kernels
+from planning import CHIP, EDGES, FORM, PARTIAL, K, N, columns, split_of, tiles_of
 
-from mxfp8_ops import packing
-from mxfp8_ops.gpu import hopper, plans, tiles, tune
+from mxfp8_ops.gpu import hopper, plans, tune
 from mxfp8_ops.gpu.plans import Direct, Narrow, Plan, Skinny, Wide, candidates, microseconds, plan
-
-CHIP = pytest.mark.parametrize("processors", [78, 114, 132])
-FORM = pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])
-EDGES = (1, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 255, 256, 257, 300, 384, 385, 1000, 2048, 3072, 4097, 16384)
-"""Rows of x about which something changes, and some others."""
-N = (1, 7, 288, 1024, 4097, 14336, 28672, 151936)
-K = {True: (32, 96, 128, 384, 4096, 28672), False: (128, 256, 384, 4096, 28672)}
-"""By form: packed or canonical."""
-PARTIAL = 256 * 2**20
-"""Bytes that the sums of parts may take."""
-
-
-def columns(chosen: Plan) -> int:
-    """Outputs of a tile."""
-    if isinstance(chosen, Direct | Narrow):
-        return 8 if isinstance(chosen, Direct) else 32
-    return 64 * chosen.across if isinstance(chosen, Skinny) else 128
-
-
-def tiles_of(chosen: Plan, m: int, n: int) -> int:
-    return math.ceil(m / chosen.rows) * math.ceil(n / columns(chosen))
-
-
-def split_of(chosen: Plan, m: int, n: int) -> int:
-    """How many tiles are computed in parts."""
-    if isinstance(chosen, Wide):
-        return chosen.split
-    return tiles_of(chosen, m, n) if isinstance(chosen, Skinny) and chosen.parts > 1 else 0
 
 
 def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
@@ -203,173 +173,7 @@ def test_while_a_graph_is_captured_the_plan_of_the_model_is_taken_for_now(tuned:
     assert planned(128, 4096, 4096, packed) != modelled
 
 
-# --- what each program does -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The functions of ``tiles`` in Python, for the program whose number is set."""
-    number = SimpleNamespace(value=0)
-    gluon = SimpleNamespace(program_id=lambda axis: number.value, minimum=_smaller, maximum=max, static_range=range)
-    monkeypatch.setattr(tiles, "gl", gluon)
-    monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
-    return number
-
-
-def _smaller(one: Any, other: int) -> Any:
-    return one.clamp(max=other) if isinstance(one, Tensor) else min(one, other)
-
-
-SIZES = [
-    (m, n, k)
-    for m in (9, 16, 17, 33, 64, 128, 129, 255, 257, 300, 512, 2048, 4097, 16384)
-    for n, k in ((1, 32), (7, 96), (288, 128), (1024, 4096), (4097, 28672), (14336, 4096), (28672, 96))
-    if m * n <= 2**26
-]
-
-
-@CHIP
-def test_programs_compute_every_block_of_every_tile_once(program: SimpleNamespace, processors: int) -> None:
-    for chosen, m, n, k in _different(processors):
-        launch = launches(chosen, m, n, k)[0]
-        (programs,), arguments = launch.grid, launch.named
-        blocks, whole, parts = math.ceil(k / 128), arguments["whole"], arguments["parts"]
-        done: Counter[tuple[int, int]] = Counter()
-        stored = []
-        for program.value in range(programs):
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, whole, parts)
-            assert steps >= 1
-            done.update((tile, block) for block in range(first, first + steps))
-            if part >= 0:
-                stored.append(part)
-            else:
-                assert (first, steps) == (0, blocks)
-        assert set(done) == {(tile, block) for tile in range(tiles_of(chosen, m, n)) for block in range(blocks)}
-        assert set(done.values()) == {1}
-        assert stored == list(range(len(stored)))
-        size = chosen.rows * columns(chosen)
-        assert len(stored) == 0 or arguments["partial"].numel() == len(stored) * size
-
-
-def test_parts_have_a_block_at_least_where_there_are_as_many(program: SimpleNamespace) -> None:
-    """A part without one would wait for a stage that nobody loads."""
-    for blocks, parts in itertools.product(range(1, 300), range(1, 9)):
-        if parts > blocks:
-            continue
-        done = []
-        for program.value in range(2, 2 + parts):  # two whole tiles come first
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, 2, parts)
-            assert (tile, part) == (2, program.value - 2)
-            assert steps >= 1
-            done += range(first, first + steps)
-        assert done == list(range(blocks))
-
-
-@CHIP
-def test_both_forms_are_cut_up_alike(processors: int) -> None:
-    """So what is shown here of packed weights holds for canonical ones."""
-    for size in SIZES:
-        found = [candidates(*size, processors, packed) for packed in (True, False)]
-        assert [each for each in found[0] if isinstance(each, Skinny | Wide)] == found[1]
-    for chosen, m, n, k in _different(processors):
-        if k % 128 == 0:
-            for one, other in zip(launches(chosen, m, n, k), launches(chosen, m, n, k, packed=False), strict=True):
-                assert (one.kernel, one.grid) == (other.kernel, other.grid)
-                same = set(one.named) - {"x", "bias", "out", "partial", "elements", "scales", "packed", "PACKED"}
-                assert {name: one.named[name] for name in same} == {name: other.named[name] for name in same}
-
-
-@CHIP
-def test_tiles_cover_the_result_once(program: SimpleNamespace, processors: int) -> None:
-    for chosen, m, n, _ in _different(processors):
-        across, down = columns(chosen), chosen.rows
-        found = [tiles.place_of_tile.fn(tile, m, n, down, across) for tile in range(tiles_of(chosen, m, n))]
-        assert sorted(found) == [(row, column) for row in range(0, m, down) for column in range(0, n, across)]
-
-
-@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
-def test_every_row_of_the_result_is_stored_once_and_is_the_row_that_was_loaded(
-    program: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    loaded: list[tuple[Tensor, slice]] = []
-    monkeypatch.setattr(tiles, "load_box", lambda x, at, ready, place, pred: loaded.append((at[0], place)))
-    stage = SimpleNamespace(shape=(rows, 64), slice=lambda first, size: slice(first, first + size))
-    for m in (*range(1, 1300), 2047, 2048, 2049, 3072, 4000, 4097):
-        box = tiles.box_rows(rows, m)
-        first = torch.arange(0, m, rows)[:, None]  # of every tile
-        row, stored = tiles.rows_of_result.fn(torch.arange(rows), first, m, box)
-        assert row[stored].sort().values.tolist() == list(range(m))
-        assert torch.equal(row[stored] // rows, (first // rows).expand_as(row)[stored])  # by the tile whose row it is
-        loaded.clear()
-        tiles.load_rows.fn(None, first, m, 0, None, stage, box)
-        found = torch.full_like(row, -1)
-        for at, place in loaded:
-            assert place.stop - place.start == box
-            assert ((at >= 0) & (at + box <= max(m, box))).all()  # rows that are not there take TMA long
-            assert (found[:, place] == -1).all()
-            found[:, place] = at + torch.arange(box)
-        assert (found >= 0).all()
-        assert torch.equal(found[stored], row[stored])
-
-
-@CHIP
-def test_sums_of_parts_are_added_up_once_for_every_tile_in_parts(processors: int) -> None:
-    for chosen, m, n, k in _different(processors):
-        launched = launches(chosen, m, n, k)
-        split = split_of(chosen, m, n)
-        assert len(launched) == (2 if split else 1)
-        for launch in launched[1:]:
-            arguments = launch.named
-            assert launch.kernel is tiles.mxfp8_add_parts
-            assert (arguments["BM"], arguments["BN"]) == (chosen.rows, columns(chosen))
-            assert launch.grid == (split * columns(chosen) // arguments["STEP"],)
-            assert (arguments["whole"], arguments["parts"]) == (tiles_of(chosen, m, n) - split, chosen.parts)
-
-
-def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: SimpleNamespace) -> None:
-    found = [tiles.place_of_tile.fn(tile, 40 * 256, 1024, 256, 128) for tile in range(40 * 8)]
-    assert found[:5] == [(row * 256, 0) for row in range(4)] + [(0, 128)]
-    assert found[-4:] == [(row * 256, 7 * 128) for row in range(36, 40)]
-
-
-@functools.cache
-def _different(processors: int) -> list[tuple[Plan, int, int, int]]:
-    """Plans and candidates that cut their tiles differently, each with a problem."""
-    found = {}
-    for m, n, k in SIZES:
-        for each in {plan(m, n, k, processors), *candidates(m, n, k, processors)}:
-            if isinstance(each, Skinny | Wide):
-                cut = (type(each), each.rows, columns(each), each.parts, split_of(each, m, n), m, n, k)
-                found[cut] = (each, m, n, k)
-    return [case for cut, case in found.items() if tiles_of(case[0], *case[1:3]) * math.ceil(case[3] / 128) < 2**15]
-
-
-# --- int32 ----------------------------------------------------------------------------------------------------------
-
-
-@FORM
-@CHIP
-def test_no_offset_of_the_kernels_exceeds_int32_where_dispatch_uses_them(processors: int, packed: bool) -> None:
-    """They compute in 64 bits where the result, x and scales of canonical weights are concerned, and the partial sums
-    of ``wide``. What is left are words of the weight, rows of x for ``direct`` and the parts of ``skinny``.
-    """
-    for n, k in itertools.product((*N, 524288, 65536 * 128 - 1), (*K[packed], 2**20)):
-        words = math.prod(packing.packed_shape(n, k)) if packed else n * k
-        if words >= 2**31:
-            continue  # dequantized as a whole
-        for m in EDGES:
-            chosen = plan(m, n, k, processors, packed)
-            tile = chosen.rows * columns(chosen)
-            programs = tiles_of(chosen, m, n) + split_of(chosen, m, n) * (getattr(chosen, "parts", 1) - 1)
-            assert programs < 2**31
-            if isinstance(chosen, Direct):
-                assert chosen.rows * max(n, k // 2 + 128 * chosen.warps) < 2**31
-            elif isinstance(chosen, Skinny):
-                assert chosen.parts * split_of(chosen, m, n) * tile < 2**31
-
-
 # --- cliffs ---------------------------------------------------------------------------------------------------------
-
 
 SHAPES = pytest.mark.parametrize(
     ("n", "k"), [(1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]

@@ -1,4 +1,4 @@
-"""Calls that are made again from what was launched before, without a device: see test_gpu_launch for how."""
+"""Calls that are made again from what was launched before, without a device: see absent_device for how."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-import test_gpu_launch
-from test_gpu_launch import BOX, Device, OnDevice, add, copy, hooked, plain
+import absent_device
+from absent_device import BOX, Device, OnDevice, add, copy, hooked, plain
 
 import mxfp8_ops
 from mxfp8_ops import derivatives
 from mxfp8_ops.gpu import dispatch, replay
 from mxfp8_ops.gpu.launch import launch
 
-device = test_gpu_launch.device
+device = absent_device.device
 
 
 class OnFirst(OnDevice):

@@ -1,11 +1,10 @@
-"""from_pretrained of MXFP8 checkpoints: the right weights in the right modules, or an error that names the tensor."""
+"""from_pretrained of MXFP8 checkpoints: the right weights in the right modules."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from helpers import assert_same
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("mxfp8_ops.transformers")
 
+import plugged  # noqa: E402
 from llamas import (  # noqa: E402
     LAYER,
     PROMPT,
     assert_holds,
     assert_same_state,
-    change_tensors,
     content_of,
     kinds,
     llama,
@@ -37,7 +36,7 @@ from transformers import AutoModel, FineGrainedFP8Config, MixtralConfig, Mixtral
 from transformers.quantizers import auto  # noqa: E402
 
 import mxfp8_ops  # noqa: E402
-from mxfp8_ops import Mxfp8Linear, environment  # noqa: E402
+from mxfp8_ops import Mxfp8Linear  # noqa: E402
 from mxfp8_ops.transformers import Mxfp8Config, give_back, take_over  # noqa: E402
 from mxfp8_ops.transformers.version import check_version  # noqa: E402
 
@@ -47,17 +46,7 @@ ONE_TO_EIGHT = (
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    give_back()
-
-
-@pytest.fixture
-def reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels add up in an order of their own: without them, equal weights give equal bits."""
-    monkeypatch.setenv(environment.KERNELS, "off")
+quiet, reference_computes = plugged.quiet, plugged.reference_computes
 
 
 def linears(content: Any) -> dict[str, str]:
@@ -239,197 +228,6 @@ def test_experts_in_one_tensor_are_dequantized_into_their_parameter(variant: str
     with take_over():
         loaded = load(write(tmp_path / "mxfp8", variant, content))
     assert_same_state(loaded.dequantize(), load(write_dense(tmp_path / "dense", content)))
-
-
-# --- errors that name the tensor -----------------------------------------------------------------------
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no scale": ({"weight_scale": None}, f"no scales .*{LAYER}.weight "),
-    "no weight": ({"weight": None}, f"no {LAYER}.weight that these scales"),
-    "a float scale": ({"weight_scale": torch.ones(128, 11)}, f"{LAYER}.weight_scale .*E8M0"),
-    "a scale of another shape": (
-        {"weight_scale": torch.ones(128, 12, dtype=torch.uint8)},
-        f"{LAYER}.weight_scale .*must be",
-    ),
-    "a scale that was never written": (
-        {"weight_scale": torch.zeros(128, 11, dtype=torch.uint8)},
-        f"all scales of {LAYER}.weight are 0",
-    ),
-    "a scale of a bfloat16 weight": ({"weight": torch.ones(128, 352).bfloat16()}, f"{LAYER}.weight .*not F8_E4M3"),
-    "a weight of another shape": (
-        {
-            "weight": torch.zeros(64, 352).to(torch.float8_e4m3fn),
-            "weight_scale": torch.ones(64, 11, dtype=torch.uint8),
-        },
-        rf"{LAYER}.weight .*must be \[128, 352\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("change", WRONG)
-@pytest.mark.parametrize("dequant", [False, True], ids=["kept", "dequantized"])
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_wrong_in_a_checkpoint_is_an_error_that_names_the_tensor(
-    change: str, dequant: bool, tmp_path: Path
-) -> None:
-    changes, message = WRONG[change]
-    change_tensors(write(tmp_path, "modelopt", content_of("modelopt")), **changes)
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path, quantization_config=Mxfp8Config(dequant_at_load=dequant))
-
-
-def test_scales_of_an_ignored_layer_are_an_error(tmp_path: Path) -> None:
-    content = replace(content_of("modelopt"), unquantized=["lm_head", "model.layers.1.mlp.*"])
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.\w+\.weight_scale .*not quantized"):
-        load(write(tmp_path, "modelopt", content))
-
-
-def test_a_missing_bias_is_an_error(tmp_path: Path) -> None:
-    content = content_of("modelopt")
-    content.layers["model.layers.0.self_attn.q_proj"].bias = None
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.bias is not in the checkpoint"):
-        load(write(tmp_path, "modelopt", content))
-
-
-@pytest.mark.parametrize("algorithm", ["NVFP4", "FP8", "W4A16_AWQ"])
-def test_other_algorithms_of_modelopt_are_an_error(algorithm: str, tmp_path: Path) -> None:
-    folder = write(tmp_path, "modelopt", content_of("modelopt"))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["quant_algo"] = algorithm
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"format is none of .*{algorithm}"):
-        load(folder)
-
-
-def test_float8_weights_that_nothing_describes_are_an_error(tmp_path: Path) -> None:
-    folder = write(tmp_path, "modelopt", content_of("modelopt"))
-    (folder / "hf_quant_config.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"no quantization_config.*F8_E4M3"):
-        load(folder, quantization_config=Mxfp8Config())
-
-
-def test_a_state_dict_instead_of_files_is_an_error() -> None:
-    model = llama()
-    with pytest.raises(ValueError, match=r"\.safetensors files, got none"):
-        type(model).from_pretrained(
-            None, config=model.config, state_dict=model.state_dict(), quantization_config=Mxfp8Config()
-        )
-
-
-# --- options -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("word", "option", "kept"),
-    [
-        (None, None, True),
-        ("on", None, False),
-        ("off", None, True),
-        ("on", False, True),
-        ("off", True, False),
-        (None, True, False),
-    ],
-)
-def test_the_flag_dequantizes_at_load_and_an_option_beats_it(
-    word: str | None,
-    option: bool | None,
-    kept: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    reference_computes: None,
-) -> None:
-    content = content_of("modelopt")
-    folder = write(tmp_path / "mxfp8", "modelopt", content)
-    if word is not None:
-        monkeypatch.setenv(environment.DEQUANT_AT_LOAD[0], word)
-    model = load(folder, quantization_config=Mxfp8Config(dequant_at_load=option))
-    if kept:
-        assert_holds(model, content)
-        assert model.is_quantized
-    else:
-        dense = load(write_dense(tmp_path / "dense", content))
-        assert set(kinds(model).values()) == {"Linear"}
-        assert_same_state(model, dense)
-        assert not model.is_quantized
-        assert not hasattr(model.config, "quantization_config")
-
-
-def test_a_word_that_is_no_flag_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path, "modelopt", content_of("modelopt"))
-    monkeypatch.setenv(environment.DEQUANT_AT_LOAD[0], "perhaps")
-    with pytest.raises(ValueError, match=r"MXFP8_DEQUANT_AT_LOAD .*perhaps"):
-        load(folder)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_another_dtype_is_that_of_all_but_the_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
-    content = content_of("fp8-1x32-e8m0")
-    with take_over():
-        model = load(write(tmp_path, "fp8-1x32-e8m0", content), dtype=dtype)
-    for layer in content.layers.values():
-        layer.bias = None if layer.bias is None else layer.bias.to(dtype)
-    assert_holds(model, content)
-    others = {str(tensor.dtype) for tensor in model.state_dict().values()} - {"torch.float8_e4m3fn", "torch.uint8"}
-    assert others == {str(dtype)}
-    assert logits(model).dtype == dtype
-
-
-def test_dequantized_in_another_dtype_is_rounded_once(tmp_path: Path) -> None:
-    content = content_of("modelopt")
-    model = load(
-        write(tmp_path, "modelopt", content),
-        dtype=torch.float16,
-        quantization_config=Mxfp8Config(dequant_at_load=True),
-    )
-    layer = content.layers[LAYER]
-    expected = mxfp8_ops.reference.dequant(layer.weight, layer.scale, torch.float16)
-    assert_same(model.get_submodule(LAYER).weight.detach(), expected)
-
-
-def test_a_dtype_that_is_none_of_activations_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"dtype must be float32, bfloat16 or float16, got torch.float64"):
-        load(write(tmp_path, "modelopt", content_of("modelopt")), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, "disk"])
-def test_a_device_map_loads_the_same_model(device_map: Any, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    content = content_of("mxfp8")
-    folder = write(tmp_path / "mxfp8", "mxfp8", content)
-    options = {}
-    if device_map == "disk":
-        names = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-        device_map = {**dict.fromkeys(names, "cpu"), "model.layers.0": "disk"}
-        options["offload_folder"] = tmp_path / "offloaded"
-    with take_over():
-        plain, mapped = load(folder), load(folder, device_map=device_map, **options)
-    assert set(kinds(mapped).values()) == {"Mxfp8Linear", "Linear"}
-    assert_same(logits(mapped), logits(plain))
-
-
-def test_what_the_quantizer_says_it_can_do(tmp_path: Path) -> None:
-    quantizer = load(write(tmp_path, "modelopt", content_of("modelopt"))).hf_quantizer
-    assert quantizer.is_serializable()
-    assert quantizer.is_compileable
-    assert not quantizer.is_trainable
-
-
-def test_dequantize_makes_the_model_that_the_weights_stand_for(tmp_path: Path) -> None:
-    content = content_of("modelopt")
-    model = load(write(tmp_path / "mxfp8", "modelopt", content))
-    assert model.dequantize() is model
-    assert_same_state(model, load(write_dense(tmp_path / "dense", content)))
-    assert not hasattr(model, "hf_quantizer")
-
-
-def test_a_loaded_model_compiles(tmp_path: Path) -> None:
-    content = content_of("modelopt", llama(num_hidden_layers=1, attention_bias=False))
-    model = load(write(tmp_path, "modelopt", content))
-    expected, actual = logits(model).float(), logits(torch.compile(model, backend="mxfp8")).float()
-    assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 # --- who is asked --------------------------------------------------------------------------------------

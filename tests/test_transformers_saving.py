@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from helpers import assert_same
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("mxfp8_ops.transformers")
 
+import plugged  # noqa: E402
 from llamas import (  # noqa: E402
     LAYER,
     assert_holds,
@@ -34,16 +34,12 @@ from llamas import (  # noqa: E402
 import mxfp8_ops  # noqa: E402
 from mxfp8_ops import environment, reference  # noqa: E402
 from mxfp8_ops.checkpoint import open_checkpoint  # noqa: E402
-from mxfp8_ops.transformers import Mxfp8Config, attach, give_back, take_over  # noqa: E402
+from mxfp8_ops.transformers import Mxfp8Config, attach, take_over  # noqa: E402
 
 SAVED = {"modelopt": ".weight_scale", "mxfp8": ".weight_scale_inv", "compressed-tensors": ".weight_scale"}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    give_back()
+quiet = plugged.quiet
 
 
 def loaded(folder: Path, how: str) -> Any:
