@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE, check_pair, scale_bytes
+from .memory import in_large_pages
 from .packing import PACKED_DTYPE, check_packed_for, packed_for
 from .pickling import PickledPacked, PickledWeight
 
@@ -56,9 +57,10 @@ class Mxfp8Linear(nn.Module):
                 f"in_features must be a positive multiple of {BLOCK_SIZE} and out_features positive, "
                 f"got {in_features} and {out_features}"
             )
-        weight = torch.zeros(out_features, in_features, dtype=torch.uint8, device=device).view(ELEMENT_DTYPE)
+        codes = in_large_pages(torch.empty(out_features, in_features, dtype=torch.uint8, device=device)).zero_()
         scale = torch.zeros(out_features, in_features // BLOCK_SIZE, dtype=SCALE_DTYPE, device=device)
-        self._assign(weight, scale, torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self._assign(codes.view(ELEMENT_DTYPE), scale, values)
 
     def _assign(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """The one constructor: takes packed tensors ``[N, K]``, ``[N, K/32]`` and ``[N]`` as they are."""

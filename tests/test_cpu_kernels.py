@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from cpu_calls import DTYPES, LEVELS, Calls, calls
 from helpers import all_codes, assert_same, bits, exact_linear_inputs, float64_values, scaled
 from torch import Tensor
 
-import mxfp8_ops
 from mxfp8_ops import reference
 
 RULES = ("floor", "rceil")
@@ -335,40 +332,3 @@ def test_quantize_of_much_is_the_same_past_the_caches(level: Calls, dtype: torch
         found = level.quantize_into(x, "rceil", codes, torch.zeros_like(scale))
         assert torch.equal(bits(found[0]), bits(weight))
         assert torch.equal(bits(found[1]), bits(scale))
-
-
-# --- pages of memory ---------------------------------------------------------------------------------------
-
-
-def flags_of(address: int) -> set[str]:
-    """What Linux knows of the mapping in which an address lies."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if found:
-            inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return set(line.split()[1:])
-    raise AssertionError(f"no mapping at {address:#x}")
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with large pages")
-def test_large_results_are_written_to_large_pages_if_there_are_any() -> None:
-    """A mapping with the flag hg is made of them where the system has them. What is at the ends belongs to others."""
-    dense = torch.randn(1 << 25, dtype=torch.bfloat16).view(-1, 64)  # more than is ever taken from older memory
-    weight, scale = mxfp8_ops.quantize(dense)
-    values = mxfp8_ops.dequant(weight, scale, torch.bfloat16)
-    product = mxfp8_ops.linear(dense[: 1 << 12], *mxfp8_ops.quantize(torch.randn(8192, 64).bfloat16()))
-    for result in (weight, values, product):
-        assert result.nbytes >= 32 << 20
-        assert "hg" in flags_of(result.data_ptr() + result.nbytes // 2)
-        assert "hg" not in flags_of(dense.data_ptr() + dense.nbytes // 2)
-    assert_same(values, reference.dequant(weight, scale, torch.bfloat16))
-
-
-def test_asking_for_pages_changes_nothing_that_is_there(level: Calls) -> None:
-    memory = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8)
-    before = memory.clone()
-    for first, size in ((0, 3 << 20), (1, 4095), (4097, 0), (5000, 1 << 20)):
-        level.library.mxfp8_map_large_pages(memory.data_ptr() + first, size)
-        assert torch.equal(memory, before)

@@ -18,7 +18,6 @@ FAULTY = """
 extern "C" int mxfp8_abi(void) { return ABI; }
 extern "C" void mxfp8_dequant(void) {}
 extern "C" int mxfp8_linear(void) { return 0; }
-extern "C" void mxfp8_map_large_pages(void) {}
 extern "C" void mxfp8_quantize(const uint8_t* x, uint8_t* weight, uint8_t* scale, int64_t blocks, int, int, int) {
   scale[blocks] = x[0];
 }

@@ -8,6 +8,7 @@ from io import FileIO
 import torch
 from torch import Tensor
 
+from ..memory import in_large_pages
 from .errors import CheckpointError
 from .headers import DTYPES, TensorInfo
 
@@ -31,7 +32,7 @@ def read_values(file: FileIO, start: int, info: TensorInfo, *part: slice) -> Ten
     if part:
         whole = [EVERYTHING] * (len(info.shape) - len(part))
         stored = stored[(*whole, *part[:-1], _in_bytes(part[-1], size))]
-    copied = stored.clone(memory_format=torch.contiguous_format)
+    copied = in_large_pages(torch.empty(stored.shape, dtype=torch.uint8, device="cpu")).copy_(stored)
     *outer, count = copied.shape
     values = copied.view(-1).view(DTYPES[info.dtype]).view(*outer, count // size)
     return values if info.shape else values[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_DTYPE
+from ..memory import in_large_pages
 from . import library
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,9 +22,6 @@ RULE_CODES = {"floor": 0, "rceil": 1}
 _TILES = "amx_bf16"
 """The level in which bfloat16 is multiplied by matrix tiles."""
 
-_LARGE_BYTES = 8 << 20
-"""Of a result, from which on its pages are to be large ones: some of these fit in whole, wherever it begins."""
-
 _PANEL_BYTES = 2 << 20
 """Of a weight that is dequantized in parts, at a time: they stay in the caches."""
 
@@ -34,17 +32,10 @@ def _kernels() -> Any:
     return kernels
 
 
-def _fresh(out: Tensor) -> Tensor:
-    """A tensor that is about to be written, most likely in memory that nobody has used yet."""
-    if out.nbytes >= _LARGE_BYTES:
-        _kernels().mxfp8_map_large_pages(out.data_ptr(), out.nbytes)
-    return out
-
-
 def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``mxfp8_ops.reference.dequant``."""
     weight, scale = weight.contiguous(), scale.contiguous()
-    out = _fresh(weight.new_empty(weight.shape, dtype=dtype))
+    out = in_large_pages(weight.new_empty(weight.shape, dtype=dtype))
     _kernels().mxfp8_dequant(
         weight.data_ptr(), scale.data_ptr(), out.data_ptr(), scale.numel(), DTYPE_CODES[dtype], torch.get_num_threads()
     )
@@ -54,7 +45,7 @@ def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """See ``mxfp8_ops.reference.quantize``."""
     x = x.contiguous()
-    weight = _fresh(torch.empty(x.shape, dtype=ELEMENT_DTYPE))
+    weight = in_large_pages(torch.empty(x.shape, dtype=ELEMENT_DTYPE))
     scale = torch.empty((*x.shape[:-1], x.shape[-1] // BLOCK_SIZE), dtype=SCALE_DTYPE)
     pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
     _kernels().mxfp8_quantize(*pointers, scale.numel(), DTYPE_CODES[x.dtype], RULE_CODES[rule], torch.get_num_threads())
@@ -85,7 +76,7 @@ def linear_into(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, o
         weight, scale = weight.contiguous(), scale.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    _fresh(out)
+    in_large_pages(out)
     if rows > _most_rows(x.dtype):
         _by_panels(x.view(rows, k), weight, scale, bias, out.view(rows, n))
         return

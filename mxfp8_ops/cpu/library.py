@@ -20,7 +20,7 @@ from typing import Any
 from .. import environment, settings
 from . import build
 
-ABI = 2
+ABI = 3
 """What ``mxfp8_abi()`` in the source returns: to be raised there and here when a function changes."""
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -28,8 +28,6 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mxfp8_abi": (_INT, ()),
     # weight, scale, out, blocks, dtype, threads
     "mxfp8_dequant": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT, _INT)),
-    # memory, bytes
-    "mxfp8_map_large_pages": (None, (_POINTER, _INT64)),
     # x, weight, scale, blocks, dtype, rule, threads
     "mxfp8_quantize": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT, _INT, _INT)),
     # x, its row stride, weight, scale, bias, out, m, n, k, dtype, threads

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import mxfp8_ops
+from mxfp8_ops.memory import in_large_pages
 
 from .case import packed_for
 from .options import Shape
@@ -39,7 +40,9 @@ def random_weight(shape: Shape, dtype: torch.dtype, place: str, packs: bool) -> 
         packed = mxfp8_ops.pack(*canonical, packed_for(dtype))
         return Weight(dense, canonical, packed, folded, packed)
     weight, scale = canonical
-    stored = torch.cat([weight.view(torch.uint8).flatten(), scale.flatten()])
+    parts = [weight.view(torch.uint8).flatten(), scale.flatten()]
+    stored = in_large_pages(torch.empty(sum(map(len, parts)), dtype=torch.uint8, device=place))  # as quantize's results
+    torch.cat(parts, out=stored)
     weight, scale = stored[: weight.numel()], stored[weight.numel() :]
     canonical = weight.view(torch.float8_e4m3fn).view(shape), scale.view(shape[0], -1)
     return Weight(dense, canonical, None, folded, stored.view(torch.int32))

@@ -3,11 +3,6 @@
 //
 // dtype: 0 float32, 1 bfloat16, 2 float16, and for dequant 3 and 4, the values of 1 and 2 as float32. rule: 0 floor, 1
 // rceil. Sizes in elements.
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "dequant.h"
 #include "linear.h"
 #include "quantize.h"
@@ -27,20 +22,7 @@ void with_dtype(int dtype, F f) {
 }  // namespace
 
 // Raised with every change of a signature.
-MXFP8_EXPORT int mxfp8_abi(void) { return 2; }
-
-// For memory that is about to be written for the first time. It is mapped where it is first touched, 4 KiB at a time,
-// which takes longer than all else. Linux maps 2 MiB at a time if it is asked to, and if it has them.
-MXFP8_EXPORT void mxfp8_map_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // if not, it is slower
-#else
-  (void)memory, (void)bytes;
-#endif
-}
+MXFP8_EXPORT int mxfp8_abi(void) { return 3; }
 
 // out [blocks, 32] from codes [blocks, 32], scales [blocks].
 MXFP8_EXPORT void mxfp8_dequant(const uint8_t* codes, const uint8_t* scales, void* out, int64_t blocks, int dtype,
