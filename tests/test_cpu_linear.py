@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,22 @@ def test_kernels_compute_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, scale, _ = exact_linear_inputs(3, 7, 96, torch.bfloat16)
     assert len(list(calls_of_all(x, weight, scale))) == 3
     assert len(list(calls_of_all(x.requires_grad_(), weight, scale))) == 3  # and below autograd
+
+
+@pytest.mark.parametrize(
+    ("told", "mebibytes"), [("8192K\n", 2), ("16384K\n", 4), ("307200K\n", 8), ("lots\n", 2), (None, 2)]
+)
+def test_panels_take_a_quarter_of_the_last_cache(
+    told: str | None, mebibytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if told is not None:
+        (tmp_path / "size").write_text(told)
+    monkeypatch.setattr(dispatch, "_LAST_CACHE", tmp_path / "size")
+    dispatch._panel_bytes.cache_clear()
+    for dtype in DTYPES:
+        assert dispatch._panel_rows(dtype, 4096) * 4096 * dtype.itemsize == mebibytes << 20
+    assert dispatch._panel_rows(torch.float32, 1 << 20) == 32, "at least"
+    dispatch._panel_bytes.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,7 +168,7 @@ def test_panels_of_several_threads_of_python_do_not_mix(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_dequantized_copy_of_the_weight_is_made(dtype: torch.dtype) -> None:
-    weight, scale = mxfp8_ops.quantize(torch.randn(4096, 1024))
+    weight, scale = mxfp8_ops.quantize(torch.randn(8192, 2048))  # twice the largest panel
     largest = 0
 
     class Sizes(TorchDispatchMode):
@@ -163,7 +180,7 @@ def test_no_dequantized_copy_of_the_weight_is_made(dtype: torch.dtype) -> None:
             return out
 
     for m in (1, 16, 100):
-        x = torch.randn(m, 1024).to(dtype)
+        x = torch.randn(m, 2048).to(dtype)
         kernels = cpu.kernels()
         assert kernels is not None
         with Sizes():
