@@ -79,6 +79,9 @@ def _linear_page(records: Sequence[Record]) -> Iterator[str]:
     yield f"x is {dtype}. B is the time of `F.linear` on a weight of that dtype, R that of only reading the bytes of"
     yield "the quantized weight. Ratios are times, so less is better, and 1.00 R is all that memory allows."
     yield "They are medians over rounds, in each of which both were measured."
+    yield ""
+    yield "Quantized weights, which are what R reads, lie in large pages where the system has them, as `quantize` and"
+    yield "checkpoints give them; dense ones lie where torch puts them."
     yield from ("", "### `mxfp8::linear`", "")
     yield from cell.of_shapes(records, lambda record: _ratio(record, "canonical"))
     for n, k in shapes_of(records):
