@@ -185,7 +185,7 @@ inline void linear_by_panels(const Problem<bf16>& p, const uint32_t* pairs, int6
 
 // False if x holds a value that is too small for dot products.
 inline bool linear_tiled(const Problem<bf16>& p) {
-  const int64_t width = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kTile;  // fewer leave more of the L1 cache
+  const int64_t width = p.m <= 2 ? 2 : p.m <= 4 ? 4 : p.m <= 8 ? 8 : kTile;  // fewer leave more of the L1 cache
   const uint32_t* pairs = paired_x(p, width);
   if (pairs == nullptr) return false;
   if (p.m <= kMostStreamed) {
