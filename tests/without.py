@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 BLOCKED = ("mxfp8_ops", "lowering", "triton")
 
 
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+class Filtered(importlib.abc.MetaPathFinder):
+    """Finds what others find, but for what is blocked: there is no such module, whoever asks."""
+
+    def __init__(self, others: Sequence[Any]) -> None:
+        self.others = tuple(others)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name.split(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"{name} is blocked")
+            return None
+        return next(filter(None, (each.find_spec(name, path, target) for each in self.others)), None)
 
 
 def block() -> None:
-    sys.meta_path.insert(0, Blocked())
+    sys.meta_path[:] = [Filtered(sys.meta_path)]
     for name in BLOCKED:
         try:
             __import__(name)
