@@ -71,20 +71,31 @@ __attribute__((noinline)) bool dot_tile(const X* x, int64_t stride, const uint8_
 
 // --- x in the order in which Decoder gives weights, padded with zeros -------------------------------------------------
 
-// Of each 64 columns the pieces of eight 0, 2, 4, 6, 1, 3, 5, 7. False if a value is too small for dot products.
+inline bool are_large(__m512i words) {  // zeros are: zero less one is the largest of all
+  const __m512i smallest = _mm512_set1_epi16((127 + kLowestExponentOfX) << 7), one = _mm512_set1_epi16(1);
+  __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
+  return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(magnitude, one), _mm512_sub_epi16(smallest, one)) == 0;
+}
+
+// 64 columns, or the half of them that is left: pieces of eight 0, 2, 4, 6 and 1, 3, 5, 7. False if a value is too small for
+// dot products.
+inline bool in_order(const bf16* x, bool half, __m512i& even, __m512i& odd) {
+  __m512i lower = _mm512_loadu_si512(x), upper = half ? _mm512_setzero_si512() : _mm512_loadu_si512(x + 32);
+  even = _mm512_shuffle_i32x4(lower, upper, 0x88);
+  odd = _mm512_shuffle_i32x4(lower, upper, 0xdd);
+  return are_large(lower) && are_large(upper);
+}
+
+// False as in_order.
 inline bool pack_x(const bf16* x, int64_t k, bf16* packed) {
-  constexpr int kPiece = 8;
-  const __m128i smallest = _mm_set1_epi16((127 + kLowestExponentOfX) << 7), one = _mm_set1_epi16(1);
-  __mmask8 small = 0;
-  for (int64_t at = 0; at < packed_columns(k); at += kPiece) {
-    int64_t piece = at / kPiece % 8, to = at / 64 * 64 + (piece / 2 + piece % 2 * 4) * kPiece;
-    __m128i eight = at < k ? _mm_loadu_si128(as<__m128i>(x + at)) : _mm_setzero_si128();
-    _mm_store_si128(as<__m128i>(packed + to), eight);
-    // Zero less one is the largest of all.
-    __m128i magnitude = _mm_and_si128(eight, _mm_set1_epi16(0x7fff));
-    small |= _mm_cmplt_epu16_mask(_mm_sub_epi16(magnitude, one), _mm_sub_epi16(smallest, one));
+  bool large = true;
+  for (int64_t column = 0; column < k; column += 64) {
+    __m512i even, odd;
+    large &= in_order(x + column, k - column < 64, even, odd);
+    _mm512_store_si512(packed + column, even);
+    _mm512_store_si512(packed + column + 32, odd);
   }
-  return small == 0;
+  return large;
 }
 
 // As float32: of each two such pieces first the lower words, then the upper ones.
@@ -100,6 +111,24 @@ bool pack_x(const T* x, int64_t k, f32* packed) {
     }
   }
   return true;
+}
+
+// --- weights in memory, for more rows of x -------------------------------------------------------------------------------
+
+// Decodes 64 columns of some rows, in the same order: the even pieces to rows `pitch` apart, the odd ones so many elements
+// after them. Weights that follow `ahead` bytes later are asked for.
+inline void decode_rows(const uint8_t* codes, const uint8_t* scales, int64_t k, int64_t rows, bool half, int64_t ahead,
+                        Decoder& decode, bf16* to, int64_t pitch, int64_t odd_after) {
+  for (int64_t r = 0; r < rows; r++) {
+    __m512i minus = minus_of(scales[0], scales[half ? 0 : 1]), even, odd;
+    ask_for(codes, ahead);
+    decode(load_codes(codes, half), minus, minus, even, odd);
+    _mm512_store_si512(to, even);
+    _mm512_store_si512(to + odd_after, odd);
+    codes += k;
+    scales += k / kBlock;
+    to += pitch;
+  }
 }
 
 }  // namespace

@@ -49,7 +49,8 @@ class Decoding {
     const int64_t ahead = row_ + kPieceRows < rows_ ? kPieceRows * k_ : next_ - (codes_ + row_ * k_);
     bf16* tile = to_.steps[column_ / kTileColumns][row_ / kTile] + row_ % kTile * kTileColumns;
     const int64_t count = std::min<int64_t>(rows_ - row_, kPieceRows);
-    decode_rows(codes, scales, k_, count, columns_ - column_ < kStep, ahead, decode_, tile, sizeof(TilePair) / sizeof(bf16));
+    decode_rows(codes, scales, k_, count, columns_ - column_ < kStep, ahead, decode_, tile, kTileColumns,
+                sizeof(TilePair) / sizeof(bf16));
     column_ += kStep;
     if (column_ < columns_) return;
     column_ = 0;

@@ -7,12 +7,20 @@ namespace {
 
 constexpr int64_t kAhead = 1024;  // bytes of a weight's row between what is read and what is asked for
 
-// Where the weight will be read next: further along the row, or past its end in the row that the next tile begins with.
+// From a column to where the weight will be read next: further along the row, or past its end in the row that the next tile
+// begins with.
 template <int64_t Ahead = kAhead>
+inline int64_t ahead_of(int64_t column, int64_t k, int64_t rows) {
+  return column + Ahead < k ? Ahead : Ahead + (rows - 1) * k;
+}
+
+// Memory may end before that.
+inline void ask_for(const void* from, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead)));
+}
+
 inline void prefetch(const uint8_t* row, int64_t column, int64_t k, int rows) {
-  int64_t at = column + Ahead;
-  if (at >= k) at += (rows - 1) * k;
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(at)));
+  ask_for(row + column, ahead_of(column, k, rows));
 }
 
 // sums[r][m] = x[m] . dequant(weight[r]), weights rounded to T. X is what x is kept as, T or float32.

@@ -49,11 +49,12 @@ __attribute__((noinline)) bool streamed_tile(const Problem<bf16>& p, const uint3
   Decoder decode;
   auto decode_quarter = [&](int64_t step, int quarter) {
     if (step == steps) return;
-    const int64_t column = step * kStep, ahead = column + kStreamAhead < p.k ? kStreamAhead : kStreamAhead + (rows - 1) * p.k;
+    const int64_t column = step * kStep, ahead = ahead_of<kStreamAhead>(column, p.k, rows);
     const int first = quarter * kQuarter, count = std::min(rows - first, kQuarter);
     const uint8_t *codes = p.codes_of(row + first) + column, *scales = p.scales_of(row + first) + column / kBlock;
     StepPanel& panel = panels[step % 2];
-    decode_rows(codes, scales, p.k, count, p.k - column < kStep, ahead, decode, panel[0] + first * kTileColumns, kTileSize);
+    decode_rows(codes, scales, p.k, count, p.k - column < kStep, ahead, decode, panel[0] + first * kTileColumns, kTileColumns,
+                kTileSize);
   };
   compiled_in_order();
   _tile_zero(0);

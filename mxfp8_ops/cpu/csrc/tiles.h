@@ -59,24 +59,14 @@ inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u 
 
 // --- x ------------------------------------------------------------------------------------------------------------------
 
-inline bool are_large(__m512i words) {  // zeros are, and zero less one is the largest of all
-  const __m512i smallest = _mm512_set1_epi16((127 + kLowestExponentOfX) << 7), one = _mm512_set1_epi16(1);
-  __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
-  return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(magnitude, one), _mm512_sub_epi16(smallest, one)) == 0;
-}
-
 // kStep columns of up to 16 rows of x, or the half of them that is left, as pairs [kStep/2][width][2], in the order in which
 // Decoder gives weights. False if a value is too small for dot products.
 inline bool pair_step(const bf16* x, int64_t stride, int64_t rows, bool half, int64_t width, uint32_t* pairs) {
   __m512i even[kTile], odd[kTile];
   bool large = true;
   for (int r = 0; r < kTile; r++) {
-    __m512i lower = _mm512_setzero_si512(), upper = lower;
-    if (r < rows) lower = _mm512_loadu_si512(x + r * stride);
-    if (r < rows && !half) upper = _mm512_loadu_si512(x + r * stride + kTileColumns);
-    large &= are_large(lower) && are_large(upper);
-    even[r] = _mm512_shuffle_i32x4(lower, upper, 0x88);  // of eight pieces 0, 2, 4, 6
-    odd[r] = _mm512_shuffle_i32x4(lower, upper, 0xdd);
+    even[r] = odd[r] = _mm512_setzero_si512();
+    if (r < rows) large &= in_order(x + r * stride, half, even[r], odd[r]);
   }
   transpose(even);
   transpose(odd);
@@ -101,23 +91,6 @@ inline const uint32_t* paired_x(const Problem<bf16>& p, int64_t width) {
     }
   });
   return fit ? pairs : nullptr;
-}
-
-// --- the weight -----------------------------------------------------------------------------------------------------------
-
-// Decodes 64 columns of some rows to two tiles, the second of which is so many elements after the first. Weights that follow
-// `ahead` bytes later are asked for.
-inline void decode_rows(const uint8_t* codes, const uint8_t* scales, int64_t k, int64_t rows, bool half, int64_t ahead,
-                        Decoder& decode, bf16* tile, int64_t second) {
-  for (int64_t r = 0; r < rows; r++) {
-    __m512i minus = minus_of(scales[0], scales[half ? 0 : 1]), even, odd;
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + static_cast<uintptr_t>(ahead)));
-    decode(load_codes(codes, half), minus, minus, even, odd);
-    _mm512_store_si512(tile + r * kTileColumns, even);
-    _mm512_store_si512(tile + second + r * kTileColumns, odd);
-    codes += k;
-    scales += k / kBlock;
-  }
 }
 
 // --- results ------------------------------------------------------------------------------------------------------------

@@ -18,16 +18,9 @@ constexpr int wide_rows(int vectors) { return vectors == 1 ? 12 : vectors == 4 ?
 inline void decode_panel(const uint8_t* codes, const uint8_t* scales, int rows, int64_t k, int64_t first, int64_t last,
                          Decoder& decode, bf16 panel[][kPanel]) {
   for (int64_t column = first; column < last; column += 64) {
-    const bool half = column + 64 > k;
-    for (int r = 0; r < rows; r++) {
-      const uint8_t* row = codes + r * k;
-      const uint8_t* pair = scales + r * (k / kBlock) + column / kBlock;
-      __m512i minus = minus_of(pair[0], pair[half ? 0 : 1]), even, odd;
-      prefetch<kPanel>(row, column, k, rows);
-      decode(load_codes(row + column, half), minus, minus, even, odd);
-      _mm512_store_si512(panel[r] + column - first, even);
-      _mm512_store_si512(panel[r] + column - first + 32, odd);
-    }
+    const int64_t ahead = ahead_of<kPanel>(column, k, rows);
+    decode_rows(codes + column, scales + column / kBlock, k, rows, column + 64 > k, ahead, decode, panel[0] + column - first,
+                kPanel, 32);
   }
 }
 
