@@ -26,6 +26,7 @@ from triton.runtime.cache import get_cache_manager
 
 from mxfp8_ops import packing
 from mxfp8_ops.gpu import dispatch, hopper, plans
+from mxfp8_ops.gpu.counts import REGISTERS
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
@@ -230,7 +231,7 @@ def check_fits(found: Compiled, at_once: int) -> None:
     """That so many programs fit a multiprocessor."""
     assert found.shared <= SHARED
     assert at_once * (found.shared + 1024) <= SHARED + 1024  # the system takes a KiB for each
-    assert at_once * found.threads * -(-found.registers // 8) * 8 <= plans.REGISTERS
+    assert at_once * found.threads * -(-found.registers // 8) * 8 <= REGISTERS
 
 
 def check_waits(found: Compiled) -> None:

@@ -20,9 +20,10 @@ pytest.importorskip("triton.experimental.gluon")
 from compiling import check_loops, check_waits, compiled_at_an_end, one_code_a_row, what_codes_mean
 from simulating import DTYPE, DTYPES, Pointer, places, simulate
 
-from mxfp8_ops.gpu import direct, plans
+from mxfp8_ops.gpu import direct, plans_direct
+from mxfp8_ops.gpu.plans_direct import Direct
 
-KINDS = [kind for kinds in plans.DIRECT.values() for kind in kinds]
+KINDS = [*plans_direct.FOUR, *plans_direct.EIGHT]
 KIND = pytest.mark.parametrize("kind", KINDS, ids=repr)
 
 
@@ -32,7 +33,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, DTYPES * len(KINDS), strict=False)), ids=repr)
-def test_it_compiles_and_reads_16_bytes_at_a_time(kind: plans.Direct, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_it_compiles_and_reads_16_bytes_at_a_time(kind: Direct, dtype: torch.dtype, tmp_path: Path) -> None:
     """Each kind in one of the dtypes: kernels take long to compile."""
     found = compiled_at_an_end(kind, True, dtype, tmp_path)
     assert found.registers <= kind.registers
@@ -43,7 +44,7 @@ def test_it_compiles_and_reads_16_bytes_at_a_time(kind: plans.Direct, dtype: tor
 
 
 @KIND
-def test_sums_of_warps_are_stored_and_read_without_bank_conflicts(kind: plans.Direct) -> None:
+def test_sums_of_warps_are_stored_and_read_without_bank_conflicts(kind: Direct) -> None:
     """A lane of the matrix instruction stores two sums next to each other, so 16 lanes at a time, and reads one."""
     sizes = kind.rows, kind.tiles, kind.warps
     shape = (kind.warps, kind.tiles * 16, kind.rows * 2)
@@ -61,7 +62,7 @@ def test_sums_of_warps_are_stored_and_read_without_bank_conflicts(kind: plans.Di
 
 @KIND
 def test_every_sum_is_read_once_and_both_groups_and_all_warps_of_it_by_lanes_that_exchange_it(
-    kind: plans.Direct,
+    kind: Direct,
 ) -> None:
     lanes = direct._sums_in_lanes.fn(kind.rows, kind.tiles, kind.warps)
     every = {
@@ -85,9 +86,7 @@ def added(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(a ^ b for a, b in zip(one, other, strict=True))
 
 
-def directly(
-    gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, plan: plans.Direct
-) -> Tensor:
+def directly(gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, plan: Direct) -> Tensor:
     """What ``direct.mxfp8_linear_direct`` computes, program by program, with x at the very end of its memory."""
     m, k = x.shape
     out = torch.full((m, n), torch.nan, dtype=x.dtype)
@@ -108,7 +107,7 @@ def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
         x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
         packed = packing.pack(weight, scale, dtype=dtype)
         rows = 4 if m <= 4 else 8
-        for plan, offset in ((plans.Direct(rows, 1, 4, 2), bias), (plans.Direct(rows, 2, 8, 1), None)):
+        for plan, offset in ((Direct(rows, 1, 4, 2), bias), (Direct(rows, 2, 8, 1), None)):
             actual = directly(simulated, x, packed, n, offset, plan)
             assert_same(actual, reference.linear(x, weight, scale, offset))
 
@@ -125,5 +124,5 @@ def test_direct_decodes_every_element(
     weight, scale = one_code_a_row(scales, 160, nan=special)
     packed = packing.pack(weight, scale, dtype=packed_for)
     assert packing.exact_marks(packed)[DTYPES.index(dtype)] == special
-    actual = directly(simulated, torch.ones(1, 160, dtype=dtype), packed, len(weight), None, plans.Direct(4, 1, 4, 2))
+    actual = directly(simulated, torch.ones(1, 160, dtype=dtype), packed, len(weight), None, Direct(4, 1, 4, 2))
     assert_same(actual[0], what_codes_mean(weight, scale, dtype))

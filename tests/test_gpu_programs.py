@@ -21,7 +21,8 @@ from planning import CHIP, EDGES, FORM, K, N, columns, split_of, tiles_of
 
 from mxfp8_ops import packing
 from mxfp8_ops.gpu import tiles
-from mxfp8_ops.gpu.plans import Direct, Plan, Skinny, Wide, candidates, plan
+from mxfp8_ops.gpu.plans import Plan, Skinny, Wide, candidates, plan
+from mxfp8_ops.gpu.plans_direct import Direct
 
 
 @pytest.fixture

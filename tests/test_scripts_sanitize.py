@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -178,7 +177,8 @@ def test_what_was_found_before_the_time_was_over_is_shown(sanitize: ModuleType) 
 
 def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
-    cases, plans = importlib.import_module("benchmarks.cases"), importlib.import_module("mxfp8_ops.gpu.plans")
+    cases = importlib.import_module("benchmarks.cases")
+    plans, plans_direct = (importlib.import_module(f"mxfp8_ops.gpu.{name}") for name in ("plans", "plans_direct"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(cases.dispatch, "reads_packed", lambda _: True)
@@ -188,7 +188,7 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
         planned = [plan for problem, plan in cases._planned() if problem.packed == packed]
         tiled = [plan for plan in planned if isinstance(plan, plans.Skinny | plans.Wide)]
         assert {plans._kind(plan) for plan in tiled} == set(plans.TABLE)
-        direct = {plan for plan in planned if isinstance(plan, plans.Direct)}
-        assert direct == (set(itertools.chain(*plans.DIRECT.values())) if packed else set())
+        direct = {plan for plan in planned if isinstance(plan, plans_direct.Direct)}
+        assert direct == ({*plans_direct.FOUR, *plans_direct.EIGHT} if packed else set())
         narrow = {plan for plan in planned if isinstance(plan, plans.Narrow)}
         assert narrow == ({kind for kind, _, _ in plans.NARROW} if packed else set())

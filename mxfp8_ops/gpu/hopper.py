@@ -9,10 +9,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .. import packing, settings
+from .counts import divided
 from .direct import mxfp8_linear_direct
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
-from .plans import Direct, Narrow, Plan, Skinny, Tiled, Wide, candidates, divided, plan
+from .plans import Narrow, Plan, Skinny, Tiled, Wide, candidates, plan
+from .plans_direct import Direct
 from .skinny import mxfp8_linear_skinny
 from .tiles import box_rows, mxfp8_add_parts
 from .tune import best
@@ -89,12 +91,11 @@ def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | Non
 
 def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
-    together = chosen.warps * chosen.blocks
     launch(
         mxfp8_linear_direct,
         (chosen.programs(n),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
-        (*chosen.constants, k % (128 * together) != 0, _for_float16(source), bias is not None),
+        (*chosen.constants, k % (128 * chosen.together) != 0, _for_float16(source), bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
         dependent=settings.dependent_launch(),

@@ -5,7 +5,7 @@ The model's table was fitted to some 2800 times of an H200 (132 multiprocessors)
 took 1.0014 times as long as the fastest plan on average, 1.06 times at worst; a table that was fitted without six of
 the shapes chose plans for those that took 1.004 times as long. It counts how many programs there are for a
 multiprocessor, so it holds for other shapes and other numbers of multiprocessors. ``MXFP8_AUTOTUNE=1`` measures the
-same plans instead.
+same plans instead. Those of ``direct``, for few rows, are in ``plans_direct``.
 """
 
 from __future__ import annotations
@@ -14,35 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-REGISTERS = 65536
-"""Of a multiprocessor."""
-
-
-@dataclass(frozen=True)
-class Direct:
-    """The kernel in ``direct``: rows of x (4 or 8), tiles of 8 outputs and warps of a program, blocks of K that a warp
-    takes in a turn, registers of a lane.
-    """
-
-    rows: int
-    tiles: int
-    warps: int
-    blocks: int
-    registers: int = 64
-
-    @property
-    def constants(self) -> tuple[int, ...]:
-        """Of the kernel."""
-        return self.rows, self.tiles, self.warps, self.blocks
-
-    def programs(self, n: int) -> int:
-        """For so many outputs."""
-        return divided(2 * divided(n, 16), self.tiles)
-
-    @property
-    def at_once(self) -> int:
-        """Programs that a multiprocessor runs at the same time."""
-        return REGISTERS // (self.registers * 32 * self.warps)
+from .counts import divided
+from .plans_direct import Direct, direct, directs
 
 
 @dataclass(frozen=True)
@@ -144,14 +117,6 @@ TABLE: dict[Tiled, Cost] = {
 }
 
 
-DIRECT: dict[int, tuple[Direct, ...]] = {
-    4: (Direct(4, 1, 16, 2), Direct(4, 1, 8, 2), Direct(4, 1, 4, 4, 80), Direct(4, 2, 8, 1), Direct(4, 2, 4, 1)),
-    8: (Direct(8, 1, 16, 2), Direct(8, 2, 8, 2, 80), Direct(8, 2, 8, 1), Direct(8, 2, 4, 2, 80), Direct(8, 2, 4, 1)),
-}
-"""Of ``direct``, by the outputs that they compute at the same time, and so by how many they are best for. Of 29 shapes
-on an H200.
-"""
-
 NARROW: tuple[tuple[Narrow, float, int], ...] = (
     (Narrow(8, 4, 4), 0.5, 1),
     (Narrow(8, 1, 4), 3, 8),
@@ -170,15 +135,15 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
             if least * processors < divided(n, 32) <= most * processors:
                 return kind
     if packed and m <= 8:
-        direct = _direct(m, n, processors)
-        if direct is not None:
-            return direct
+        chosen = direct(m, n, k, processors)
+        if chosen is not None:
+            return chosen
     return min(_tiled(m, n, k, processors), key=lambda choice: microseconds(choice, m, n, k, processors, packed))
 
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    few = _directs(m) if packed and m <= 8 else ()
+    few = directs(m) if packed and m <= 8 else ()
     narrow = [kind for kind, _, _ in _narrow(m, k)] if packed else []
     return [*few, *narrow, *_tiled(m, n, k, processors)]
 
@@ -248,28 +213,3 @@ def _split(kind: Wide, tiles: int, blocks: int, processors: int) -> Iterator[Wid
 def _narrow(m: int, k: int) -> Iterator[tuple[Narrow, float, int]]:
     """Of NARROW what is for so many rows, where K is cut into whole blocks."""
     return (each for each in NARROW if each[0].rows == max(8, 1 << (m - 1).bit_length()) and k % 128 == 0)
-
-
-def _direct(m: int, n: int, processors: int) -> Direct | None:
-    """The first kind of which every program starts at once. Where there is none: for up to four rows the last kind, or
-    one of smaller programs if that would leave the chip half empty in the end; for more rows none.
-    """
-    kinds = _directs(m)
-    for kind in kinds:
-        if kind.programs(n) <= kind.at_once * processors:
-            return kind
-    if m > 4:
-        return None
-    smaller, last = kinds[1], kinds[-1]
-    together = last.at_once * processors
-    return last if last.programs(n) % together * 2 > together else smaller
-
-
-def _directs(m: int) -> tuple[Direct, ...]:
-    """Of DIRECT what is for so many rows, up to eight."""
-    return DIRECT[4 if m <= 4 else 8]
-
-
-def divided(length: int, size: int) -> int:
-    """``length / size``, rounded up."""
-    return -(-length // size)

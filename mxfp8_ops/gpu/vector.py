@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from .fragments import scale_to_float32
 from .gemv import EXACT_SCALES
 from .launch import launch
-from .plans import divided
+from .counts import divided
 
 _ROWS = gl.constexpr(4)  # outputs of a program
 _WARP = 32 * 16  # elements of K that a warp takes at a time

@@ -17,6 +17,7 @@ import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
 from mxfp8_ops.gpu import dispatch, elementwise, hopper, plans
+from mxfp8_ops.gpu.plans_direct import Direct
 from mxfp8_ops.packing import PACKED_FOR
 
 from .case import DTYPES, Case, packed_for
@@ -109,7 +110,7 @@ def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
 
 def _differs(plan: plans.Plan) -> bool:
     """More parts run the same code as two."""
-    return isinstance(plan, plans.Direct | plans.Narrow) or plan.parts <= 2
+    return isinstance(plan, Direct | plans.Narrow) or plan.parts <= 2
 
 
 Weight: TypeAlias = tuple[Tensor, ...]
