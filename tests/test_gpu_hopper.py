@@ -42,7 +42,7 @@ from mxfp8_ops.gpu import dispatch, plans  # noqa: E402
 
 
 @DTYPE
-@pytest.mark.parametrize(("kernel", "at_once"), [(kind, most) for kind, _, most in plans.NARROW], ids=repr)
+@pytest.mark.parametrize(("kernel", "at_once"), [(kind, cost.at_once) for kind, cost in plans.NARROW.items()], ids=repr)
 def test_narrow_compiles_and_as_many_run_at_once_as_its_table_says(
     kernel: plans.Narrow, at_once: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:

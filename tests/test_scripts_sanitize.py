@@ -191,4 +191,4 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
         direct = {plan for plan in planned if isinstance(plan, plans_direct.Direct)}
         assert direct == ({*plans_direct.FOUR, *plans_direct.EIGHT} if packed else set())
         narrow = {plan for plan in planned if isinstance(plan, plans.Narrow)}
-        assert narrow == ({kind for kind, _, _ in plans.NARROW} if packed else set())
+        assert narrow == (set(plans.NARROW) if packed else set())

@@ -1,11 +1,13 @@
 """How the kernel in ``direct`` cuts up its work: a packed weight, up to eight rows of x.
 
-For up to four rows a model of its time chooses. A multiprocessor runs some programs at once, and begins the next one
-when one of them ends. As long as there are many, what they take is what their bytes take; where few are left, or many
-warps share few blocks of K, it is how long one program waits for its loads. The table was fitted to the times of an
-H200 (132 multiprocessors) for weights of 80 shapes, from 512x4096 to 151936x2048, one and four rows: first of all so
-that it prefers fast kinds. Its choice took 1.009 times as long as the fastest of 16 kinds on average, 1.07 times at
-worst; tables that were fitted without a fifth of the shapes chose kinds for those that took 1.02 times as long.
+A model of its time chooses. A multiprocessor runs some programs at once, and begins the next one when one of them ends.
+As long as there are many, what they take is what their bytes take; where few are left, or many warps share few blocks
+of K, it is how long one program waits for its loads.
+
+The tables were fitted to times of an H200 (132 multiprocessors): first of all so that the model prefers fast kinds. For
+up to four rows they are those of weights of 80 shapes, from 512x4096 to 151936x2048. The model's choice took 1.009
+times as long as the fastest of 16 kinds on average, 1.07 times at worst; tables that were fitted without a fifth of the
+shapes chose kinds for those that took 1.02 times as long. For up to eight rows see ``plans``.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class Direct:
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds that a kind takes: to begin and to end, ``start``, and the same again, ``wave``, whenever the programs
-    of a multiprocessor have been replaced by the next ones. For every turn those take ``turn``, which is waiting, or for
+    """Microseconds that a kind takes: ``start`` to begin and to end, and ``wave`` whenever the programs of a
+    multiprocessor have been replaced by the next ones. For every turn those take ``turn``, which is waiting, or for
     every block of 128 elements of K ``each`` for each program, which is reading, whichever is more.
     """
 
@@ -72,36 +74,28 @@ FOUR: dict[Direct, Cost] = {
 }
 """For up to four rows."""
 
-EIGHT: tuple[Direct, ...] = (
-    Direct(8, 1, 16, 2),
-    Direct(8, 2, 8, 2, 80),
-    Direct(8, 2, 8, 1),
-    Direct(8, 2, 4, 2, 80),
-    Direct(8, 2, 4, 1),
-)
-"""For up to eight, by the outputs that they compute at the same time, and so by how many they are best for. Of 29
-shapes on an H200.
-"""
+EIGHT: dict[Direct, Cost] = {
+    Direct(8, 1, 16, 2): Cost(1.0465, 1.07301, 2.10983, 0.03656),
+    Direct(8, 2, 8, 1): Cost(0.99772, 1.08645, 1.57253, 0.05069),
+    Direct(8, 2, 8, 2, 80): Cost(2.0837, 0.97581, 1.00759, 0.07468),
+    Direct(8, 2, 4, 1): Cost(0, 1.54339, 1.62648, 0.05491),
+    Direct(8, 2, 4, 2, 80): Cost(2.66697, 0.23143, 2.2105, 0.05841),
+}
+"""For up to eight."""
 
 
-def direct(m: int, n: int, k: int, processors: int) -> Direct | None:
-    """The fastest kind for up to four rows, by the model, of those whose warps all have work. For more rows the first
-    one of which every program starts at once, if there is one.
+def directs(m: int, k: int) -> list[Direct]:
+    """The kinds for so many rows, up to eight, whose warps all have work; with too few blocks of K, those of which the
+    fewest have none.
     """
-    if m <= 4:
-        blocks = divided(k, 128)
-        return min(FOUR, key=lambda kind: (max(kind.together, blocks), microseconds(kind, n, k, processors)))
-    return next((kind for kind in EIGHT if kind.programs(n) <= kind.at_once * processors), None)
-
-
-def directs(m: int) -> tuple[Direct, ...]:
-    """All kinds for so many rows, up to eight."""
-    return tuple(FOUR) if m <= 4 else EIGHT
+    kinds = FOUR if m <= 4 else EIGHT
+    most = max(divided(k, 128), min(kind.together for kind in kinds))
+    return [kind for kind in kinds if kind.together <= most]
 
 
 def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
-    """What up to four rows will take, by the model."""
-    cost = FOUR[kind]
+    """What a kind will take, by the model."""
+    cost = _cost(kind)
     waves, rest = divmod(kind.programs(n), kind.at_once * processors)
     time = cost.start + waves * _wave(kind, kind.at_once, k)
     return time + _wave(kind, rest / processors, k) if rest else time
@@ -109,6 +103,10 @@ def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
 
 def _wave(kind: Direct, programs: float, k: int) -> float:
     """As many programs of a multiprocessor, at the same time."""
-    cost = FOUR[kind]
+    cost = _cost(kind)
     waiting = divided(k, 128 * kind.together) * cost.turn
     return max(waiting, programs * (k / 128) * cost.each) + cost.wave
+
+
+def _cost(kind: Direct) -> Cost:
+    return FOUR[kind] if kind.rows == 4 else EIGHT[kind]

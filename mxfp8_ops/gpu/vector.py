@@ -17,10 +17,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .counts import divided
 from .fragments import scale_to_float32
 from .gemv import EXACT_SCALES
 from .launch import launch
-from .counts import divided
 
 _ROWS = gl.constexpr(4)  # outputs of a program
 _WARP = 32 * 16  # elements of K that a warp takes at a time

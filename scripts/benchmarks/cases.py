@@ -99,11 +99,15 @@ def _problems() -> Iterator[Problem]:
 def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
     """Every kernel for Hopper, on whole tiles and on parts."""
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
-    for packed, k in ((True, 1056), (True, 1152), (False, 1024)):
+    tiled = plans.Skinny | plans.Wide
+    for packed, k, kind in (
+        (True, 1056, tiled),
+        (True, 1152, plans.Narrow),  # takes whole blocks of K alone
+        (True, 4128, Direct),  # for all of whose warps there is work
+        (False, 1024, tiled),
+    ):
         for m in PLAN_ROWS:
-            found = plans.candidates(m, 300, k, processors, packed)
-            if k == 1152:  # for the kernel that takes whole blocks of K alone
-                found = [plan for plan in found if isinstance(plan, plans.Narrow)]
+            found = [plan for plan in plans.candidates(m, 300, k, processors, packed) if isinstance(plan, kind)]
             for plan in (plan for plan in found if plan.rows >= m and _differs(plan)):
                 yield from ((Problem(m, 300, k, dtype, packed), plan) for dtype in DTYPES[:2])
 
