@@ -1,6 +1,7 @@
 """Speed on a device, measured side by side: of dequant and quantize against a copy, of linear against a kernel that
 only reads the packed bytes (R) and against ``F.linear`` on a dense weight (B), of the host, and over numbers of rows;
-and the memory bandwidth that linear achieves, by Nsight Compute. On the CPU: the first two.
+of linears that run for long, at the clock that the device's power allows; and the memory bandwidth that linear
+achieves, by Nsight Compute. On the CPU: the first two.
 
 Exit status: 0, 2 for a bad argument or where there is no such device. Missed bars are marked, and are no failure.
 """
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     new.add_argument("--device", default="cuda", choices=known.DEVICES)
-    new.add_argument("--sections", nargs="+", choices=known.SECTIONS, help="default: all, quick: all but bandwidth")
+    new.add_argument("--sections", nargs="+", choices=known.SECTIONS, help="default: all, quick: all but the last two")
     new.add_argument(
         "--shapes",
         nargs="+",

@@ -11,6 +11,8 @@ import pytest
 import torch
 from programs import imported
 
+import mxfp8_ops
+
 US = {
     "R": [10.0, 10.0, 10.0],
     "B": [20.0, 20.0, 20.0],
@@ -51,6 +53,13 @@ class FakeTimer:
             call()
         return {name: 10.0 + i for i, name in enumerate(calls)}
 
+    def sustained(self, calls: Any, seconds: float, watch: Callable[[], Any]) -> tuple[float, Any]:
+        for call in calls:
+            call()
+        multiplies = calls[0].func
+        us = {torch.nn.functional.linear: 20.0, mxfp8_ops.linear: 18.0}.get(multiplies, 24.0)
+        return us, watch()
+
     @staticmethod
     def cliff(m: int) -> list[float]:
         return [30.0 if m == 15 else 10.0] * 3
@@ -81,6 +90,9 @@ def fake(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeTimer:
             clocks = {"sm": 1500, "sm_max": 1980}
             versions = {"torch": "2.11", "triton": "3.6", "cuda": "13.0"}
             return {"device": "Fake GPU", **versions, "clocks": clocks, "switches": {"MXFP8_AUTOTUNE": "1"}}
+
+        def state(self) -> dict[str, int]:
+            return {"mhz": 1500, "watts": 690}
 
         def read(self, words: torch.Tensor, configuration: str) -> None:
             words.sum()

@@ -69,10 +69,12 @@ def test_a_run_prints_stores_and_describes_everything(
 
 
 def test_every_column_computes_the_same_linear(bench: ModuleType, fake: FakeTimer) -> None:
-    devices, sections = (importlib.import_module(f"benchmarks.{name}") for name in ("devices", "sections"))
+    devices, sections, weights = (
+        importlib.import_module(f"benchmarks.{name}") for name in ("devices", "sections", "weight")
+    )
     weight = devices.DEVICES["cuda"].open().weight((32, 64), torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
-    columns = sections._multiplications([weight], x)
+    columns = weights.multiplications([weight], x)
     expected = mxfp8_ops.linear(x, *weight.canonical)
     for name in ("packed", "canonical", "folded"):
         assert_same(columns[name][0](), expected)
@@ -117,6 +119,24 @@ def test_sections_and_emulation_can_be_left_out(bench: ModuleType, fake: FakeTim
     assert list(data["sections"]) == ["linear"]
     assert all(set(record["times"]) == set(list(US)[:5]) for record in data["sections"]["linear"])
     assert data["environment"]["command"].endswith("--json=run.json")
+
+
+def test_linears_that_run_for_long_have_no_bars_but_clocks(
+    bench: ModuleType, fake: FakeTimer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("sections", "sustained"):
+        monkeypatch.setattr(importlib.import_module(f"benchmarks.{room}"), "SUSTAINED_ROWS", (2, 4))
+    stored, page = tmp_path / "run.json", tmp_path / "run.md"
+    assert bench.main([*ARGUMENTS, "--sections", "sustained", "--json", str(stored), "--markdown", str(page)]) == 0
+    records = json.loads(stored.read_text())["sections"]["sustained"]
+    assert [(record["n"], record["k"], record["m"]) for record in records] == [
+        (n, k, m) for n, k in ((64, 64), (128, 32), (32, 64)) for m in (2, 4)
+    ]
+    assert records[0]["times"]["packed"] == {"us": 24.0, "mhz": 1500, "watts": 690}
+    assert records[0]["ratios"] == {"B": 1.0, "packed": 1.2, "canonical": 0.9}
+    row = "| 64 x 64 | 2 | 1.20 B | 0.90 B | 20.00 | 24.00 | 18.00 | 1500 | 1500 | 1500 | 690 | 690 | 690 |"
+    assert row in page.read_text()
+    assert "!" not in page.read_text()
 
 
 def test_float16_is_measured_in_float16(bench: ModuleType, fake: FakeTimer, tmp_path: Path) -> None:
@@ -230,10 +250,10 @@ def test_quick_yields_to_what_is_said_explicitly(bench: ModuleType) -> None:
     assert (len(options.shapes), options.rows[-1], options.replays, len(options.cliff_rows)) == (7, 8192, 11, 300)
 
 
-def test_only_a_run_that_is_not_quick_counts_bytes(bench: ModuleType) -> None:
+def test_only_a_run_that_is_not_quick_runs_for_long_and_counts_bytes(bench: ModuleType) -> None:
     everything, quick, explicit = (
         bench.selected(bench.parser().parse_args(words)).sections
         for words in ([], ["--quick"], ["--quick", "--sections", "bandwidth", "host"])
     )
-    assert everything == (*quick, "bandwidth")
+    assert everything == (*quick, "sustained", "bandwidth")
     assert explicit == ("host", "bandwidth")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -95,6 +95,7 @@ class FakeCuda:
         self.captured: list[tuple[str, float]] | None = None
         self.replayed: list[str] = []
         self.captures = 0
+        self.slower: Callable[[float], float] = lambda now: 1.0
 
     def run(self, name: str, us: float) -> None:
         if self.captured is None:
@@ -130,13 +131,14 @@ class FakeCuda:
 
         def replay() -> None:
             self.replayed.append(calls[0][0])
-            self.now += sum(us for _, us in calls)
+            self.now += sum(us for _, us in calls) * self.slower(self.now)
 
         return SimpleNamespace(capture_begin=begin, capture_end=end, replay=replay)
 
     def Event(self, enable_timing: bool) -> Any:
         event = SimpleNamespace()
         event.record = lambda: setattr(event, "at", self.now)
+        event.synchronize = lambda: None
         event.elapsed_time = lambda other: (other.at - event.at) / 1000
         return event
 
@@ -151,6 +153,17 @@ def test_columns_take_turns_and_short_graphs_are_repeated(bench: ModuleType) -> 
     assert times == {"a": [300.0] * 4, "b": pytest.approx([40.0] * 4), "c": pytest.approx([1.0] * 4)}
     assert cuda.captures == 5  # b and c again: 5 and 32 times
     assert "".join(cuda.replayed[-15:]) == "abc" * 5
+
+
+def test_what_runs_for_long_is_timed_when_the_device_has_become_slower(bench: ModuleType) -> None:
+    timing = importlib.import_module("benchmarks.timing")
+    cuda = FakeCuda()
+    cuda.slower = lambda now: 1.0 if now < 200_000 else 1.5
+    calls = [lambda: cuda.run("a", 100.0)] * 3
+    us, seen = timing.CudaTimer(cuda).sustained(calls, 0.3, lambda: len(cuda.replayed))
+    assert us == pytest.approx(150.0)
+    assert seen == 2 + 2 * 1000  # after everything was queued: the device is at work meanwhile
+    assert cuda.replayed == ["a"] * seen
 
 
 def test_a_call_takes_what_the_device_takes_though_the_host_prepares_it_for_long(

@@ -62,6 +62,10 @@ class Device(ABC):
     def read(self, words: Tensor, configuration: Any) -> None:
         """Reads the int32 tensor and does next to nothing with it."""
 
+    def state(self) -> Record:
+        """Its clock, ``mhz``, and what it draws, ``watts``, at this moment, as far as they are known."""
+        return {}
+
     def marks(self, options: Options) -> Record:
         """What every record says beside its results."""
         return {}
@@ -130,23 +134,29 @@ class Cuda(Device):
     def release(self) -> None:
         torch.cuda.empty_cache()
 
+    def state(self) -> Record:
+        found = _told("clocks.sm", "power.draw")
+        return {} if found is None else {"mhz": int(found[0]), "watts": round(found[1])}
+
     def _clocks(self) -> Record | None:
         """MHz of the multiprocessors while they multiply, and at most; None where nvidia-smi does not tell."""
         one = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
         for _ in range(500):  # some 0.8 s, in which nvidia-smi looks
             one @ one
-        query = ["--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
-        which = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
-        try:
-            result = subprocess.run(
-                ["nvidia-smi", which, *query], capture_output=True, text=True, timeout=20, check=True
-            )
-            now, most = map(int, result.stdout.split(","))
-        except (OSError, subprocess.SubprocessError, ValueError):
-            return None
-        finally:
-            torch.cuda.synchronize()
-        return {"sm": now, "sm_max": most}
+        found = _told("clocks.sm", "clocks.max.sm")
+        torch.cuda.synchronize()
+        return None if found is None else {"sm": int(found[0]), "sm_max": int(found[1])}
+
+
+def _told(*names: str) -> list[float] | None:
+    """What nvidia-smi says of the device; None where it says nothing."""
+    query = [f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    which = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    try:
+        result = subprocess.run(["nvidia-smi", which, *query], capture_output=True, text=True, timeout=20, check=True)
+        return [float(value) for value in result.stdout.split(",")]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def cpu_level() -> str:

@@ -28,9 +28,11 @@ CPU_QUICK_SHAPES = CPU_SHAPES[:1]
 CPU_QUICK_ROWS = CPU_ROWS[:-1]
 CPU_SECTIONS = ("elementwise", "linear")
 
-SECTIONS = ("elementwise", "linear", "host", "cliffs", "bandwidth")
-QUICK_SECTIONS = SECTIONS[:-1]
+SECTIONS = ("elementwise", "linear", "host", "cliffs", "sustained", "bandwidth")
+QUICK_SECTIONS = SECTIONS[:-2]
 BANDWIDTH_ROWS = (1, 16)
+SUSTAINED_ROWS = (1024, 4096)
+"""Rows of x that take the matrix units to their limits."""
 DEVICES = ("cuda", "cpu")
 DTYPES = ("bfloat16", "float16")
 CPU_DTYPES = (*DTYPES, "float32")

@@ -48,6 +48,11 @@ def _cliffs_line(record: Record) -> str:
     return f"{cell.shape(record):<12} {most}; over {bars.CLIFF}: {found}"
 
 
+def _sustained_line(record: Record) -> str:
+    cells = [f"{name} {bars.ratio(record['ratios'][name])} B" for name in OURS]
+    return f"{cell.shape(record):<12} M={record['m']:<5} {'  '.join(cells)} | us: B {cell.us(record, 'B')}"
+
+
 def _bandwidth_line(record: Record) -> str:
     if "skipped" in record:
         return f"skipped: {record['skipped']}"
@@ -61,6 +66,7 @@ _LINES = {
     "linear": _linear_line,
     "host": _host_line,
     "cliffs": _cliffs_line,
+    "sustained": _sustained_line,
     "bandwidth": _bandwidth_line,
 }
 
@@ -219,6 +225,22 @@ def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
                 yield cell.row(str(m), f"{each:.2f}", *times, f"{record['ratios of B'][str(m)]:.2f}")
 
 
+def _sustained_page(records: Sequence[Record]) -> Iterator[str]:
+    yield "## For long"
+    yield ""
+    yield "Calls that nothing interrupts, each kind alone for a second, of which the second half counts: the device"
+    yield "slows its clock until it draws no more power than it may. In the tables above kinds take turns, all at the"
+    yield "same clock, so that one which draws less gains nothing by it. No bar is for these times."
+    yield ""
+    kinds = list(records[0]["times"])
+    yield from cell.head("N x K", "M", *OURS, *(f"{kind}, {unit}" for unit in ("us", "MHz", "W") for kind in kinds))
+    for record in records:
+        ratios = [f"{bars.ratio(record['ratios'][kind])} B" for kind in OURS]
+        states = [str(record["times"][kind].get(name, "")) for name in ("mhz", "watts") for kind in kinds]
+        times = [cell.us(record, kind) for kind in kinds]
+        yield cell.row(cell.spaced(record), str(record["m"]), *ratios, *times, *states)
+
+
 def _bandwidth_page(records: Sequence[Record]) -> Iterator[str]:
     yield "## Bandwidth"
     yield ""
@@ -249,6 +271,7 @@ _PAGES = {
     "linear": _linear_page,
     "host": _host_page,
     "cliffs": _cliffs_page,
+    "sustained": _sustained_page,
     "bandwidth": _bandwidth_page,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +15,10 @@ import mxfp8_ops
 from . import cpu_kernels
 from .bandwidth import bandwidth
 from .devices import Device
-from .options import BANDWIDTH_ROWS, HOST_SHAPE, Options, Records, Shape
+from .options import BANDWIDTH_ROWS, HOST_SHAPE, SUSTAINED_ROWS, Options, Records, Shape
+from .sustained import sustained
 from .timing import Calls, cliffs, ratio, summary
-from .weight import Weight, random_dense
+from .weight import Weight, multiplications, random_dense
 
 ERROR_ROWS = 256
 """Rows of a result that are compared with float64, spread evenly."""
@@ -84,7 +85,7 @@ def linear(device: Device, options: Options) -> Records:
         emulate = device.compile(emulated_linear) if options.emulated else None
         for m in options.rows:
             x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
-            columns = {"R": reads, **_multiplications(weights, x), **device.further(weights, x)}
+            columns = {"R": reads, **multiplications(weights, x), **device.further(weights, x)}
             if emulate is not None and m in options.emulated:
                 columns["emulated"] = [partial(emulated_linear, x, *w.canonical) for w in weights]
                 columns["emulated, compiled"] = [partial(emulate, x, *w.canonical) for w in weights]
@@ -169,16 +170,6 @@ def _dtype(options: Options) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
-def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Sequence[Callable[[], Tensor]]]:
-    packed = [weight for weight in weights if weight.packed is not None]
-    return {
-        "B": [partial(F.linear, x, w.dense) for w in weights],
-        **({"packed": [partial(w.linear_packed, x) for w in packed]} if packed else {}),
-        "canonical": [partial(mxfp8_ops.linear, x, *w.canonical) for w in weights],
-        "folded": [partial(F.linear, x, w.folded) for w in weights],
-    }
-
-
 def _fastest_read(device: Device, weights: list[Weight], options: Options) -> Calls:
     ways = {str(way): [partial(device.read, w.stored, way) for w in weights] for way in device.read_configurations}
     times = _times(device, ways, options)
@@ -193,7 +184,7 @@ def _times(device: Device, columns: Mapping[str, Calls], options: Options) -> di
 def _errors(weight: Weight, x: Tensor) -> dict[str, float]:
     """Relative Frobenius error, each against the float64 product with its own weight."""
     rows = torch.linspace(0, len(x) - 1, min(len(x), ERROR_ROWS), device=x.device).long()
-    results = {name: calls[0]()[rows].double() for name, calls in _multiplications([weight], x).items()}
+    results = {name: calls[0]()[rows].double() for name, calls in multiplications([weight], x).items()}
     exact = x[rows].double() @ mxfp8_ops.dequant(*weight.canonical, torch.float32).double().T
     dense = x[rows].double() @ weight.dense.double().T
     expected = {"packed": exact, "canonical": exact, "B": dense}
@@ -214,6 +205,7 @@ SECTIONS = {
     "linear": _LINEAR,
     "host": Section(host, lambda options: 2),
     "cliffs": Section(cliff, lambda options: 1),
+    "sustained": Section(sustained, lambda options: len(options.shapes) * len(SUSTAINED_ROWS)),
     "bandwidth": Section(bandwidth, lambda options: len(options.shapes) * len(BANDWIDTH_ROWS)),
 }
 CPU_SECTIONS = {

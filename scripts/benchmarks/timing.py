@@ -7,8 +7,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+_Seen = TypeVar("_Seen")
 Call: TypeAlias = Callable[[], object]
 Calls: TypeAlias = Sequence[Call]
 """The same call on weights that together are larger than the caches."""
@@ -29,6 +30,11 @@ class Timer(Protocol):
 
     def host(self, calls: Mapping[str, Call]) -> dict[str, float]:
         """Microseconds of the host's time in each call, the least of several batches."""
+
+    def sustained(self, calls: Calls, seconds: float, watch: Callable[[], _Seen]) -> tuple[float, _Seen]:
+        """Microseconds of a call that nothing interrupts, after as many seconds and for as many, and what ``watch``
+        says meanwhile.
+        """
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
@@ -109,6 +115,27 @@ class CudaTimer:
         self._cuda.synchronize()
         return best
 
+    def sustained(self, calls: Calls, seconds: float, watch: Callable[[], _Seen]) -> tuple[float, _Seen]:
+        self._cuda.synchronize()
+        with self._cuda.stream(self._stream):
+            for call in calls:
+                call()
+            self._cuda.synchronize()
+            graph = self._capture(calls, 1, self._cuda.graph_pool_handle())
+            graph.replay()
+            once = self._replay(graph)
+            self._cuda.synchronize()
+            count = math.ceil(seconds * 1e6 / _microseconds(*once))
+            start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+            for event in (start, end):
+                for _ in range(count):
+                    graph.replay()
+                event.record()
+            start.synchronize()
+            seen = watch()
+            self._cuda.synchronize()
+        return _microseconds(start, end) / count / len(calls), seen
+
     def _capture(self, calls: Calls, rotations: int, pool: Any) -> Any:
         graph = self._cuda.CUDAGraph()
         graph.capture_begin(pool=pool)  # not torch.cuda.graph, which empties the allocator's cache every time
@@ -160,6 +187,9 @@ class CpuTimer:
             for name, call in calls.items():
                 best[name] = min(best[name], self._microseconds([call] * HOST_CALLS, HOST_CALLS))
         return best
+
+    def sustained(self, calls: Calls, seconds: float, watch: Callable[[], _Seen]) -> tuple[float, _Seen]:
+        raise NotImplementedError("no section of the CPU asks for it")
 
     def _count(self, calls: Calls) -> int:
         """Calls in a round. The first one compiles."""
