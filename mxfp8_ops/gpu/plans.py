@@ -7,9 +7,9 @@ first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the sa
 - From 17 to 2048 rows of x to some 2800 times of 20 shapes, 1024x4096 to 28672x8192. Its choice took 1.0014 times as
   long as the fastest plan on average, 1.06 times at worst; 1.004 times for six shapes without which it was fitted. For
   44 shapes, measured later up to 256 rows, 1.003 times, 1.10 at worst.
-- From 5 to 16 rows to some 3500 times of 44 shapes, 512x4096 to 151936x2048: 1.004 times on average, and 1.18 at worst
-  (six rows by 1536x1536). For quarters of the shapes without which it was fitted 1.01 times. These are of another card,
-  and brought to the scale of the others: a seventeenth row never saves time.
+- From 5 to 16 rows to some 3500 times of 44 shapes, 512x4096 to 151936x2048: 1.003 times on average, 1.06 at worst. For
+  quarters of the shapes without which it was fitted 1.01 times. These are of another card, and brought to the scale of
+  the others: a seventeenth row never saves time.
 - Up to four rows, packed, see ``plans_direct``.
 """
 

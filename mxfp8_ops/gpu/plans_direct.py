@@ -85,11 +85,11 @@ EIGHT: dict[Direct, Cost] = {
 
 
 def directs(m: int, k: int) -> list[Direct]:
-    """The kinds for so many rows, up to eight, whose warps all have work; with too few blocks of K, those of which the
-    fewest have none.
+    """The kinds for so many rows, up to eight, whose warps all have work, or for more than four rows three quarters of
+    them: others were not measured. With too few blocks of K, those of which the fewest have none.
     """
-    kinds = FOUR if m <= 4 else EIGHT
-    most = max(divided(k, 128), min(kind.together for kind in kinds))
+    kinds, working = (FOUR, 1.0) if m <= 4 else (EIGHT, 0.75)
+    most = max(divided(k, 128) / working, min(kind.together for kind in kinds))
     return [kind for kind in kinds if kind.together <= most]
 
 
