@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxfp8_ops.gpu.plans_direct import EIGHT, FOUR, Cost, Direct, directs, microseconds
+from mxfp8_ops.gpu.plans_direct import COSTS, EIGHT, FOUR, Cost, Direct, directs, microseconds
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,10 @@ def test_kinds_are_offered_if_all_or_three_quarters_of_their_warps_have_work(
     assert directs(rows[0], 10**6) == list(kinds)
 
 
-@pytest.mark.parametrize("kind", [*FOUR, *EIGHT], ids=str)
+@pytest.mark.parametrize("kind", COSTS, ids=str)
 def test_the_model_counts_programs_that_run_at_once(kind: Direct) -> None:
     """By hand, on a chip of 100 multiprocessors."""
-    cost, blocks = (FOUR | EIGHT)[kind], 4 * kind.warps * kind.blocks
+    cost, blocks = COSTS[kind], 4 * kind.warps * kind.blocks
     outputs = 8 * kind.tiles
     at_once = 65536 // (kind.registers * 32 * kind.warps)
 

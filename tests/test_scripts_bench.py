@@ -69,12 +69,10 @@ def test_a_run_prints_stores_and_describes_everything(
 
 
 def test_every_column_computes_the_same_linear(bench: ModuleType, fake: FakeTimer) -> None:
-    devices, sections, weights = (
-        importlib.import_module(f"benchmarks.{name}") for name in ("devices", "sections", "weight")
-    )
+    devices, sections = (importlib.import_module(f"benchmarks.{name}") for name in ("devices", "sections"))
     weight = devices.DEVICES["cuda"].open().weight((32, 64), torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
-    columns = weights.multiplications([weight], x)
+    columns = sections._multiplications([weight], x)
     expected = mxfp8_ops.linear(x, *weight.canonical)
     for name in ("packed", "canonical", "folded"):
         assert_same(columns[name][0](), expected)
@@ -124,8 +122,7 @@ def test_sections_and_emulation_can_be_left_out(bench: ModuleType, fake: FakeTim
 def test_linears_that_run_for_long_have_no_bars_but_clocks(
     bench: ModuleType, fake: FakeTimer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in ("sections", "sustained"):
-        monkeypatch.setattr(importlib.import_module(f"benchmarks.{room}"), "SUSTAINED_ROWS", (2, 4))
+    monkeypatch.setattr(importlib.import_module("benchmarks.sections"), "SUSTAINED_ROWS", (2, 4))
     stored, page = tmp_path / "run.json", tmp_path / "run.md"
     assert bench.main([*ARGUMENTS, "--sections", "sustained", "--json", str(stored), "--markdown", str(page)]) == 0
     records = json.loads(stored.read_text())["sections"]["sustained"]

@@ -178,7 +178,7 @@ def test_every_column_computes_the_same_linear(bench: ModuleType, monkeypatch: p
     x = torch.randn(3, 64).bfloat16()
     expected = mxfp8_ops.linear(x, *weight.canonical)
     assert_same(torch.nn.functional.linear(x, weight.folded), expected)
-    columns = room("weight").multiplications([weight], x) | device.further([weight], x)
+    columns = room("sections")._multiplications([weight], x) | device.further([weight], x)
     assert set(columns) >= {"B", "canonical", "folded", "compiled", "backend"}
     for name in ("canonical", "folded", "compiled", "backend"):
         torch.testing.assert_close(columns[name][0](), expected)
@@ -259,6 +259,16 @@ def test_columns_take_turns_and_go_on_with_the_weights(bench: ModuleType, monkey
     times = timing.CpuTimer().interleaved(columns, 3)
     assert times == {"slow": pytest.approx([80_000] * 3), "fast": pytest.approx([20_000] * 3)}
     assert done[4:] == ["s0", "f2", "f3", "f0", "f1", "f2", "f3", "s1", "s2", "f0", "f1", "f2"]
+
+
+def test_what_runs_for_long_is_timed_after_as_long_a_time(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = room("timing")
+    call, done = clocked(monkeypatch, timing), []
+    calls = [call(20_000, done, "a"), call(40_000, done, "b")]
+    us, seen = timing.CpuTimer().sustained(calls, 0.19, lambda: len(done))
+    assert seen == 2 + 2 * 5  # of 40 ms, which the second one takes
+    assert "".join(done) == "ab" * 6
+    assert us == pytest.approx((3 * 40_000 + 2 * 20_000) / 5)
 
 
 def test_caches_are_read_as_the_system_tells_them(bench: ModuleType, tmp_path: Path, monkeypatch) -> None:

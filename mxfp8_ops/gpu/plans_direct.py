@@ -83,6 +83,8 @@ EIGHT: dict[Direct, Cost] = {
 }
 """For up to eight."""
 
+COSTS = FOUR | EIGHT
+
 
 def directs(m: int, k: int) -> list[Direct]:
     """The kinds for so many rows, up to eight, whose warps all have work, or for more than four rows three quarters of
@@ -95,7 +97,7 @@ def directs(m: int, k: int) -> list[Direct]:
 
 def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
     """What a kind will take, by the model."""
-    cost = _cost(kind)
+    cost = COSTS[kind]
     waves, rest = divmod(kind.programs(n), kind.at_once * processors)
     time = cost.start + waves * _wave(kind, kind.at_once, k)
     return time + _wave(kind, rest / processors, k) if rest else time
@@ -103,10 +105,6 @@ def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
 
 def _wave(kind: Direct, programs: float, k: int) -> float:
     """As many programs of a multiprocessor, at the same time."""
-    cost = _cost(kind)
+    cost = COSTS[kind]
     waiting = divided(k, 128 * kind.together) * cost.turn
     return max(waiting, programs * (k / 128) * cost.each) + cost.wave
-
-
-def _cost(kind: Direct) -> Cost:
-    return FOUR[kind] if kind.rows == 4 else EIGHT[kind]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +16,14 @@ from . import cpu_kernels
 from .bandwidth import bandwidth
 from .devices import Device
 from .options import BANDWIDTH_ROWS, HOST_SHAPE, SUSTAINED_ROWS, Options, Records, Shape
-from .sustained import sustained
 from .timing import Calls, cliffs, ratio, summary
-from .weight import Weight, multiplications, random_dense
+from .weight import Weight, random_dense
 
 ERROR_ROWS = 256
 """Rows of a result that are compared with float64, spread evenly."""
+SUSTAINED = ("B", "packed", "canonical")
+SUSTAINED_SECONDS = 0.5
+"""For which each of these runs before it is timed, and then for the time."""
 
 
 def elementwise(device: Device, options: Options) -> Records:
@@ -85,7 +87,7 @@ def linear(device: Device, options: Options) -> Records:
         emulate = device.compile(emulated_linear) if options.emulated else None
         for m in options.rows:
             x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
-            columns = {"R": reads, **multiplications(weights, x), **device.further(weights, x)}
+            columns = {"R": reads, **_multiplications(weights, x), **device.further(weights, x)}
             if emulate is not None and m in options.emulated:
                 columns["emulated"] = [partial(emulated_linear, x, *w.canonical) for w in weights]
                 columns["emulated, compiled"] = [partial(emulate, x, *w.canonical) for w in weights]
@@ -152,6 +154,25 @@ def cliff(device: Device, options: Options) -> Records:
     device.release()
 
 
+def sustained(device: Device, options: Options) -> Records:
+    """Linears that nothing interrupts, one kind after the other, once for each shape and number of rows: how long a
+    call takes once the device has become as warm as it gets, and slows its clock to keep within its power. Side by
+    side, in turns, all kinds have the same clock.
+    """
+    for n, k in options.shapes:
+        weights = _weights(device, (n, k), options)
+        for m in SUSTAINED_ROWS:
+            columns = _multiplications(weights, torch.randn(m, k, dtype=_dtype(options), device=device.place))
+            times = {}
+            for kind in SUSTAINED:
+                us, state = device.timer.sustained(columns[kind], SUSTAINED_SECONDS, device.state)
+                times[kind] = {"us": round(us, 4), **state}
+            ratios = {kind: round(time["us"] / times["B"]["us"], 4) for kind, time in times.items()}
+            yield {"n": n, "k": k, "m": m, "times": times, "ratios": ratios}
+        del weights, columns
+        device.release()
+
+
 def emulated_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """What vLLM's emulation computes: the weight dequantized in every call by torch's operators, then ``F.linear``."""
     blocks = weight.to(torch.float32).view(weight.shape[0], -1, 32)
@@ -170,6 +191,16 @@ def _dtype(options: Options) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
+def _multiplications(weights: list[Weight], x: Tensor) -> dict[str, Sequence[Callable[[], Tensor]]]:
+    packed = [weight for weight in weights if weight.packed is not None]
+    return {
+        "B": [partial(F.linear, x, w.dense) for w in weights],
+        **({"packed": [partial(w.linear_packed, x) for w in packed]} if packed else {}),
+        "canonical": [partial(mxfp8_ops.linear, x, *w.canonical) for w in weights],
+        "folded": [partial(F.linear, x, w.folded) for w in weights],
+    }
+
+
 def _fastest_read(device: Device, weights: list[Weight], options: Options) -> Calls:
     ways = {str(way): [partial(device.read, w.stored, way) for w in weights] for way in device.read_configurations}
     times = _times(device, ways, options)
@@ -184,7 +215,7 @@ def _times(device: Device, columns: Mapping[str, Calls], options: Options) -> di
 def _errors(weight: Weight, x: Tensor) -> dict[str, float]:
     """Relative Frobenius error, each against the float64 product with its own weight."""
     rows = torch.linspace(0, len(x) - 1, min(len(x), ERROR_ROWS), device=x.device).long()
-    results = {name: calls[0]()[rows].double() for name, calls in multiplications([weight], x).items()}
+    results = {name: calls[0]()[rows].double() for name, calls in _multiplications([weight], x).items()}
     exact = x[rows].double() @ mxfp8_ops.dequant(*weight.canonical, torch.float32).double().T
     dense = x[rows].double() @ weight.dense.double().T
     expected = {"packed": exact, "canonical": exact, "B": dense}

@@ -122,10 +122,7 @@ class CudaTimer:
                 call()
             self._cuda.synchronize()
             graph = self._capture(calls, 1, self._cuda.graph_pool_handle())
-            graph.replay()
-            once = self._replay(graph)
-            self._cuda.synchronize()
-            count = math.ceil(seconds * 1e6 / _microseconds(*once))
+            count = math.ceil(seconds * 1e6 / self._takes(graph))
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
             for event in (start, end):
                 for _ in range(count):
@@ -147,10 +144,14 @@ class CudaTimer:
         return graph
 
     def _rotations(self, graph: Any) -> int:
+        return min(MOST_ROTATIONS, math.ceil(GRAPH_MICROSECONDS / self._takes(graph)))
+
+    def _takes(self, graph: Any) -> float:
+        """Microseconds of a replay, the second one."""
         graph.replay()
         events = self._replay(graph)
         self._cuda.synchronize()
-        return min(MOST_ROTATIONS, math.ceil(GRAPH_MICROSECONDS / _microseconds(*events)))
+        return _microseconds(*events)
 
     def _replay(self, graph: Any) -> tuple[Any, Any]:
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
@@ -189,7 +190,11 @@ class CpuTimer:
         return best
 
     def sustained(self, calls: Calls, seconds: float, watch: Callable[[], _Seen]) -> tuple[float, _Seen]:
-        raise NotImplementedError("no section of the CPU asks for it")
+        turns = itertools.cycle(calls)
+        next(turns)()
+        count = math.ceil(seconds * 1e6 / self._microseconds(itertools.islice(turns, 1), 1))
+        self._microseconds(itertools.islice(turns, count), count)
+        return self._microseconds(itertools.islice(turns, count), count), watch()
 
     def _count(self, calls: Calls) -> int:
         """Calls in a round. The first one compiles."""

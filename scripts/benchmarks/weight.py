@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import mxfp8_ops
@@ -49,17 +46,6 @@ def random_weight(shape: Shape, dtype: torch.dtype, place: str, packs: bool) -> 
     weight, scale = stored[: weight.numel()], stored[weight.numel() :]
     canonical = weight.view(torch.float8_e4m3fn).view(shape), scale.view(shape[0], -1)
     return Weight(dense, canonical, None, folded, stored.view(torch.int32))
-
-
-def multiplications(weights: Sequence[Weight], x: Tensor) -> dict[str, Sequence[Callable[[], Tensor]]]:
-    """Calls that multiply x by each of the weights, by the form that they take it in; B: by the dense one."""
-    packed = [weight for weight in weights if weight.packed is not None]
-    return {
-        "B": [partial(F.linear, x, w.dense) for w in weights],
-        **({"packed": [partial(w.linear_packed, x) for w in packed]} if packed else {}),
-        "canonical": [partial(mxfp8_ops.linear, x, *w.canonical) for w in weights],
-        "folded": [partial(F.linear, x, w.folded) for w in weights],
-    }
 
 
 def random_dense(shape: Shape, dtype: torch.dtype, place: str) -> Tensor:
