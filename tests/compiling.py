@@ -124,7 +124,7 @@ def tiled_kernels(packed: bool) -> list[plans.Tiled]:
     """Every kernel on tiles that the model knows, as a plan without parts; for canonical weights, as dispatch uses
     them: for more than 8 rows.
     """
-    found: list[plans.Tiled] = []
+    found: list[plans.Tiled] = [plans.Wide(132)]
     for kind in plans.TABLE:
         if packed and isinstance(kind, plans.Skinny) and kind.rows == 16:
             found.append(replace(kind, rows=8))
@@ -136,7 +136,7 @@ def one_tile(plan: plans.Plan) -> plans.Plan:
     """The plan without what is no constant of its kernel: parts of tiles."""
     if isinstance(plan, plans.Skinny):
         return replace(plan, parts=1)
-    return replace(plan, parts=1, split=0) if isinstance(plan, plans.Wide) else plan
+    return plans.Wide(132) if isinstance(plan, plans.Wide) else plan
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
@@ -193,7 +193,7 @@ def _type(arg: Any) -> str:
     if isinstance(arg, tuple):
         tensor, box = arg[:2]
         return f"tensordesc<{_TYPES[tensor.dtype]}{list(box.block)},{box.layout!r}>"
-    return "i32"
+    return "i64" if arg >= 2**31 else "i32"
 
 
 def _is_multiple_of_16(arg: Any) -> bool:

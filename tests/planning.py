@@ -34,5 +34,5 @@ def tiles_of(chosen: Plan, m: int, n: int) -> int:
 def split_of(chosen: Plan, m: int, n: int) -> int:
     """How many tiles are computed in parts."""
     if isinstance(chosen, Wide):
-        return chosen.split
+        return chosen.shared
     return tiles_of(chosen, m, n) if isinstance(chosen, Skinny) and chosen.parts > 1 else 0

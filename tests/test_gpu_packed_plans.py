@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -80,16 +81,41 @@ def test_rows_about_the_ends_of_tiles_and_boxes_are_right(m: int, dtype: torch.d
 @HOPPER
 @FORM
 @SHORT
-@pytest.mark.parametrize(("m", "n", "k"), [(1100, 4097, 1056), (2100, 1000, 288), (300, 4097, 4128)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1100, 4097, 1056), (2100, 1000, 2208), (300, 4097, 4128)])
 @pytest.mark.usefixtures("poisoned")
 def test_plans_that_split_some_tiles_or_all_are_right(m: int, n: int, k: int, dtype: torch.dtype, packed: bool) -> None:
     k = k if packed else k // 128 * 128
     x, on_chip, bias, expected = problem(m, n, k, dtype, packed)
     found = all_plans(m, n, k, packed)
-    assert any(plan.parts > 1 for plan in found)
+    assert any(getattr(plan, "parts", 1) > 1 or getattr(plan, "shared", 0) for plan in found)
     for plan in found:
         for _ in range(2):
             assert_same(run_guarded(plan, x, on_chip, bias, n), expected)
+
+
+@HOPPER
+@FORM
+@SHORT
+@pytest.mark.parametrize("programs", [1, 2, 7, 50])
+@pytest.mark.usefixtures("poisoned")
+def test_programs_that_share_tiles_are_right_however_many_there_are(
+    programs: int, dtype: torch.dtype, packed: bool
+) -> None:
+    """Shares of less than a tile and of more, of a fast weight and of one that needs exact decoding."""
+    for m, n, k in ((700, 1000, 1024), (257, 2100, 4096)):
+        x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
+        for special in (False, True):
+            if special:
+                scale[5] = 255
+            expected = reference.linear(x, weight, scale, bias).cuda()
+            on_chip = put(weight, scale, packed, dtype)
+            tiles = math.ceil(m / 256) * math.ceil(n / 128)
+            shares = [0, tiles if tiles < programs else programs + tiles % programs, min(tiles, 2 * programs - 1)]
+            for shared in dict.fromkeys(shares):
+                if shared == 0 or shared * k / 128 >= plans.SHARE * programs:
+                    for _ in range(3):
+                        plan = plans.Wide(programs, shared)
+                        assert_same(run_guarded(plan, x.cuda(), on_chip, bias.cuda(), n), expected)
 
 
 @HOPPER

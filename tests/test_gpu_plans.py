@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,17 +41,18 @@ def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
         assert chosen in plans.NARROW, problem  # which tests/test_gpu_hopper.py compiles
         return
     blocks = math.ceil(k / 128)
-    split = split_of(chosen, m, n)
-    assert 1 <= chosen.parts <= blocks, problem  # each has a block at least: without one it would wait for ever
-    assert 0 <= split <= tiles_of(chosen, m, n), problem
-    assert (split == 0) == (chosen.parts == 1), problem
     if isinstance(chosen, Skinny):
+        assert 1 <= chosen.parts <= blocks, problem  # each has a block at least: without one it would wait for ever
         assert chosen.rows in (8, 16, 32, 64, 128), problem
         assert chosen.across * chosen.along in (1, 2, 4), problem  # consumers that the kernel knows how to start
         assert chosen.stages >= chosen.along, problem  # which then wait for stages of their own
         assert chosen.consumer_registers % 8 == 0, problem  # as setmaxnreg has it
     else:
-        assert chosen.rows in (128, 256), problem
+        tiles = tiles_of(chosen, m, n)
+        assert 0 <= chosen.shared <= tiles, problem
+        assert (tiles - chosen.shared) % chosen.programs == 0 or not chosen.shared, problem
+        assert chosen.shared < 2 * chosen.programs, problem
+        assert chosen.shared * blocks >= plans.SHARE * chosen.programs or not chosen.shared, problem
 
 
 @FORM
@@ -70,7 +72,8 @@ def test_every_candidate_is_one_that_the_kernels_can_run_and_different(processor
 def test_parts_of_every_candidate_take_bounded_memory(processors: int, packed: bool) -> None:
     for n, k, m in itertools.product(N, (4096, 28672), EDGES):
         for each in candidates(m, n, k, processors, packed):
-            taken = getattr(each, "parts", 1) * split_of(each, m, n) * each.rows * columns(each) * 4
+            parts = each.programs if isinstance(each, Wide) else getattr(each, "parts", 1) * split_of(each, m, n)
+            taken = parts * each.rows * columns(each) * 4
             assert taken <= PARTIAL, f"{each} for {m} rows by [{n}, {k}]: {taken / 2**20:.0f} MiB"
 
 
@@ -90,7 +93,7 @@ def test_the_plan_is_the_candidate_that_the_model_finds_fastest(processors: int,
 @FORM
 def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
     """By hand, for kernels of which a multiprocessor runs one, two and six programs."""
-    for kind, at_once in ((Skinny(64, 1, 1, 4, 240, 128), 2), (Wide(256, 5, 0), 1)):
+    for kind, at_once in ((Skinny(64, 1, 1, 4, 240, 128), 2), (Skinny(128, 2, 1, 4, 240, 0), 1)):
         cost = plans.TABLE[kind]
         assert cost.at_once == at_once
         turn, each = cost.turn[not packed], cost.each[not packed]
@@ -108,14 +111,25 @@ def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
     (turn,), (each,) = plans.NARROW[narrow].turn, plans.NARROW[narrow].each
     expected = 32 * (2 * turn + 7 * each) + 2 * plans.NARROW[narrow].start
     assert microseconds(narrow, 16, 32 * 700, 4096, 100, True) == pytest.approx(expected, rel=1e-12)
-    whole, split = Wide(256, 5, 0), Wide(256, 5, 0, split=20, parts=5)
+    whole = Skinny(128, 2, 1, 4, 240, 0)
     cost = plans.TABLE[whole]
-    moved = 5 * 20 * 256 * 128 * 4 * 2 / 1e6
-    each = cost.turn[not packed] + cost.each[not packed]
-    expected = 32 * each + cost.start + (32 / 5) * each + cost.start + cost.add + cost.megabyte * moved
-    found = microseconds(split, 256, 120 * 128, 4096, 100, packed)
+    moved = 2 * 60 * 128 * 128 * 4 * 2 / 1e6
+    expected = 16 * 2 * (cost.turn[not packed] + cost.each[not packed]) + 2 * cost.start
+    expected += cost.add + cost.megabyte * moved
+    found = microseconds(replace(whole, parts=2), 128, 60 * 128, 4096, 60, packed)
     assert found == pytest.approx(expected, rel=1e-12)
-    assert found < microseconds(whole, 256, 120 * 128, 4096, 100, packed)
+
+
+@FORM
+def test_the_model_counts_what_programs_share(packed: bool) -> None:
+    """By hand: rounds of whole tiles, a share with two other pieces, and sums that are added from other programs."""
+    cost = plans.WIDE[not packed]
+    whole = cost.start + 3 * (32 * cost.each + cost.tile)
+    assert microseconds(Wide(100), 256, 250 * 128, 4096, 100, packed) == pytest.approx(whole, rel=1e-12)
+    shared = cost.start + 32 * cost.each + cost.tile + 1.5 * 32 * cost.each + 2.5 * cost.tile + cost.share + cost.add
+    assert microseconds(Wide(100, 150), 256, 250 * 128, 4096, 100, packed) == pytest.approx(shared, rel=1e-12)
+    alone = cost.start + 0.4 * 32 * cost.each + 1.4 * cost.tile + cost.share + 3 * cost.add
+    assert microseconds(Wide(100, 40), 256, 40 * 128, 4096, 100, packed) == pytest.approx(alone, rel=1e-12)
 
 
 @pytest.fixture

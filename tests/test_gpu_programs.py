@@ -21,7 +21,7 @@ from planning import CHIP, EDGES, FORM, K, N, columns, split_of, tiles_of
 
 from mxfp8_ops import packing
 from mxfp8_ops.gpu import tiles
-from mxfp8_ops.gpu.plans import Plan, Skinny, Wide, candidates, plan
+from mxfp8_ops.gpu.plans import Skinny, Wide, candidates, plan
 from mxfp8_ops.gpu.plans_direct import Direct
 
 
@@ -30,6 +30,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The functions of ``tiles`` in Python, for the program whose number is set."""
     number = SimpleNamespace(value=0)
     gluon = SimpleNamespace(program_id=lambda axis: number.value, minimum=_smaller, maximum=max, static_range=range)
+    gluon.where = lambda condition, one, other: one if condition else other
     monkeypatch.setattr(tiles, "gl", gluon)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
     return number
@@ -49,14 +50,14 @@ SIZES = [
 
 @CHIP
 def test_programs_compute_every_block_of_every_tile_once(program: SimpleNamespace, processors: int) -> None:
-    for chosen, m, n, k in _different(processors):
+    for chosen, m, n, k in _different(processors, Skinny):
         launch = launches(chosen, m, n, k)[0]
         (programs,), arguments = launch.grid, launch.named
-        blocks, whole, parts = math.ceil(k / 128), arguments["whole"], arguments["parts"]
+        blocks, parts = math.ceil(k / 128), arguments["parts"]
         done: Counter[tuple[int, int]] = Counter()
         stored = []
         for program.value in range(programs):
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, whole, parts)
+            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts)
             assert steps >= 1
             done.update((tile, block) for block in range(first, first + steps))
             if part >= 0:
@@ -76,9 +77,9 @@ def test_parts_have_a_block_at_least_where_there_are_as_many(program: SimpleName
         if parts > blocks:
             continue
         done = []
-        for program.value in range(2, 2 + parts):  # two whole tiles come first
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, 2, parts)
-            assert (tile, part) == (2, program.value - 2)
+        for program.value in range(2 * parts, 3 * parts):
+            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts)
+            assert (tile, part) == (2, program.value if parts > 1 else -1)
             assert steps >= 1
             done += range(first, first + steps)
         assert done == list(range(blocks))
@@ -90,17 +91,27 @@ def test_both_forms_are_cut_up_alike(processors: int) -> None:
     for size in SIZES:
         found = [candidates(*size, processors, packed) for packed in (True, False)]
         assert [each for each in found[0] if isinstance(each, Skinny | Wide)] == found[1]
-    for chosen, m, n, k in _different(processors):
+    for chosen, m, n, k in _different(processors, Skinny | Wide):
         if k % 128 == 0:
             for one, other in zip(launches(chosen, m, n, k), launches(chosen, m, n, k, packed=False), strict=True):
                 assert (one.kernel, one.grid) == (other.kernel, other.grid)
-                same = set(one.named) - {"x", "bias", "out", "partial", "elements", "scales", "packed", "PACKED"}
+                same = set(one.named) - {
+                    "x",
+                    "bias",
+                    "out",
+                    "partial",
+                    "sums",
+                    "elements",
+                    "scales",
+                    "packed",
+                    "PACKED",
+                }
                 assert {name: one.named[name] for name in same} == {name: other.named[name] for name in same}
 
 
 @CHIP
 def test_tiles_cover_the_result_once(program: SimpleNamespace, processors: int) -> None:
-    for chosen, m, n, _ in _different(processors):
+    for chosen, m, n, _ in _different(processors, Skinny | Wide):
         across, down = columns(chosen), chosen.rows
         found = [tiles.place_of_tile.fn(tile, m, n, down, across) for tile in range(tiles_of(chosen, m, n))]
         assert sorted(found) == [(row, column) for row in range(0, m, down) for column in range(0, n, across)]
@@ -133,7 +144,7 @@ def test_every_row_of_the_result_is_stored_once_and_is_the_row_that_was_loaded(
 
 @CHIP
 def test_sums_of_parts_are_added_up_once_for_every_tile_in_parts(processors: int) -> None:
-    for chosen, m, n, k in _different(processors):
+    for chosen, m, n, k in _different(processors, Skinny):
         launched = launches(chosen, m, n, k)
         split = split_of(chosen, m, n)
         assert len(launched) == (2 if split else 1)
@@ -142,7 +153,7 @@ def test_sums_of_parts_are_added_up_once_for_every_tile_in_parts(processors: int
             assert launch.kernel is tiles.mxfp8_add_parts
             assert (arguments["BM"], arguments["BN"]) == (chosen.rows, columns(chosen))
             assert launch.grid == (split * columns(chosen) // arguments["STEP"],)
-            assert (arguments["whole"], arguments["parts"]) == (tiles_of(chosen, m, n) - split, chosen.parts)
+            assert arguments["parts"] == chosen.parts
 
 
 def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: SimpleNamespace) -> None:
@@ -152,13 +163,13 @@ def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: Simpl
 
 
 @functools.cache
-def _different(processors: int) -> list[tuple[Plan, int, int, int]]:
-    """Plans and candidates that cut their tiles differently, each with a problem."""
+def _different(processors: int, kinds: Any) -> list[tuple[Any, int, int, int]]:
+    """Plans and candidates of some kinds that cut their tiles differently, each with a problem."""
     found = {}
     for m, n, k in SIZES:
         for each in {plan(m, n, k, processors), *candidates(m, n, k, processors)}:
-            if isinstance(each, Skinny | Wide):
-                cut = (type(each), each.rows, columns(each), each.parts, split_of(each, m, n), m, n, k)
+            if isinstance(each, kinds):
+                cut = (type(each), each.rows, columns(each), getattr(each, "parts", 0), split_of(each, m, n), m, n, k)
                 found[cut] = (each, m, n, k)
     return [case for cut, case in found.items() if tiles_of(case[0], *case[1:3]) * math.ceil(case[3] / 128) < 2**15]
 
@@ -169,8 +180,9 @@ def _different(processors: int) -> list[tuple[Plan, int, int, int]]:
 @FORM
 @CHIP
 def test_no_offset_of_the_kernels_exceeds_int32_where_dispatch_uses_them(processors: int, packed: bool) -> None:
-    """They compute in 64 bits where the result, x and scales of canonical weights are concerned, and the partial sums
-    of ``wide``. What is left are words of the weight, rows of x for ``direct`` and the parts of ``skinny``.
+    """They compute in 64 bits where the result, x and scales of canonical weights are concerned, and the sums of
+    ``wide``. What is left are words of the weight, rows of x for ``direct``, the parts of ``skinny`` and the row of
+    blocks that programs of ``wide`` share.
     """
     for n, k in itertools.product((*N, 524288, 65536 * 128 - 1), (*K[packed], 2**20)):
         words = math.prod(packing.packed_shape(n, k)) if packed else n * k
@@ -183,5 +195,7 @@ def test_no_offset_of_the_kernels_exceeds_int32_where_dispatch_uses_them(process
             assert programs < 2**31
             if isinstance(chosen, Direct):
                 assert chosen.rows * max(n, k // 2 + 128 * chosen.warps) < 2**31
+            elif isinstance(chosen, Wide):
+                assert chosen.programs * chosen.shared * math.ceil(k / 128) < 2**31
             elif isinstance(chosen, Skinny):
                 assert chosen.parts * split_of(chosen, m, n) * tile < 2**31

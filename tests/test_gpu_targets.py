@@ -235,7 +235,7 @@ def test_partial_sums_are_added_up_by_a_kernel_that_compiles_for_the_chip(chip: 
     partial, out = torch.empty(4, N, device="meta"), torch.empty(N, dtype=BFLOAT16, device="meta")
     for launch in (
         Launch(mma.mxfp8_add_parts, (1,), (partial, out, out, 64 * N, N), (4, 1024, True)),
-        Launch(tiles.mxfp8_add_parts, (1,), (partial, out, out, 64, N, 0, 4), (64, 128, 16, 64, True)),
+        Launch(tiles.mxfp8_add_parts, (1,), (partial, out, out, 64, N, 4), (64, 128, 16, 64, True)),
     ):
         compiled(launch, chip)
 

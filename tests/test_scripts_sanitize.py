@@ -186,8 +186,13 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
     assert len(set(names)) == len(names)
     for packed in (True, False):
         planned = [plan for problem, plan in cases._planned() if problem.packed == packed]
-        tiled = [plan for plan in planned if isinstance(plan, plans.Skinny | plans.Wide)]
-        assert {plans._kind(plan) for plan in tiled} == set(plans.TABLE)
+        assert {plans._kind(plan) for plan in planned if isinstance(plan, plans.Skinny)} == set(plans.TABLE)
+        wide = {plan for plan in planned if isinstance(plan, plans.Wide)}
+        assert {(plan.shared > 0, plan.shared < plan.programs) for plan in wide} == {
+            (False, True),  # whole tiles alone
+            (True, False),  # more than a tile for each program
+            (True, True),
+        }
         direct = {plan for plan in planned if isinstance(plan, plans_direct.Direct)}
         assert direct == ({*plans_direct.FOUR, *plans_direct.EIGHT} if packed else set())
         narrow = {plan for plan in planned if isinstance(plan, plans.Narrow)}

@@ -9,11 +9,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .. import packing, settings
+from . import shares
 from .counts import divided
 from .direct import mxfp8_linear_direct
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
-from .plans import Narrow, Plan, Skinny, Tiled, Wide, candidates, plan
+from .plans import Narrow, Plan, Skinny, Wide, candidates, plan
 from .plans_direct import Direct
 from .skinny import mxfp8_linear_skinny
 from .tiles import box_rows, mxfp8_add_parts
@@ -79,14 +80,16 @@ def _plan(x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tenso
 
 
 def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
-    if isinstance(chosen, Skinny | Wide):
-        _tiled(chosen, x, source, bias, out)
-        return
-    assert isinstance(source, Tensor)
-    if isinstance(chosen, Direct):
-        _direct(chosen, x, source, bias, out)
+    if isinstance(chosen, Skinny):
+        _skinny(chosen, x, source, bias, out)
+    elif isinstance(chosen, Wide):
+        _wide(chosen, x, source, bias, out)
     else:
-        _narrow(chosen, x, source, bias, out)
+        assert isinstance(source, Tensor)
+        if isinstance(chosen, Direct):
+            _direct(chosen, x, source, bias, out)
+        else:
+            _narrow(chosen, x, source, bias, out)
 
 
 def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -127,44 +130,63 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
     )
 
 
-def _tiled(chosen: Tiled, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
-    """Launches a kernel on tiles of ``chosen.rows`` by ``chosen.columns``, the last of them in parts."""
+def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
-    count = divided(n, chosen.columns) * divided(m, chosen.rows)
-    split = chosen.split_of(count)
-    programs = split * chosen.parts
-    size = programs * chosen.rows * chosen.columns
-    partial = torch.empty(size, dtype=torch.float32, device=x.device) if programs else out
+    tiles = divided(n, chosen.columns) * divided(m, chosen.rows)
+    split = chosen.parts > 1
+    size = tiles * chosen.parts * chosen.rows * chosen.columns
+    partial = torch.empty(size, dtype=torch.float32, device=x.device) if split else out
     offset = x if bias is None else bias
     rows = box_rows(chosen.rows, m)
-    kernel, warps = (mxfp8_linear_skinny, 4) if isinstance(chosen, Skinny) else (mxfp8_linear_wide, 8)
     launch(
-        kernel,
-        (count - split + programs,),
-        (
-            (x, box((rows, 64), _X), (m, k), (k, 1)),
-            *_boxes(source, warps // 4),
-            offset,
-            out,
-            partial,
-            m,
-            n,
-            k,
-            count - split,
-            chosen.parts,
-        ),
+        mxfp8_linear_skinny,
+        (tiles * chosen.parts,),
+        (_rows_of_x(x, rows), *_boxes(source, 1), offset, out, partial, m, n, k, chosen.parts),
         (_packed(source), *chosen.constants, rows, bias is not None),
-        num_warps=warps,
+        num_warps=4,
         maxnreg=chosen.registers or None,
         dependent=settings.dependent_launch(),
     )
-    if programs:
+    if split:
         launch(
             mxfp8_add_parts,
-            (split * (chosen.columns // _COLUMNS),),
-            (partial, offset, out, m, n, count - split, chosen.parts),
+            (tiles * (chosen.columns // _COLUMNS),),
+            (partial, offset, out, m, n, chosen.parts),
             (chosen.rows, chosen.columns, _COLUMNS, rows, bias is not None),
         )
+
+
+def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
+    (m, k), n = x.shape, out.shape[1]
+    tiles = divided(n, chosen.columns) * divided(m, chosen.rows)
+    elements, scales, packed = _boxes(source, 2)
+    sums = packed
+    if chosen.shared:
+        size = shares.words(chosen.programs, chosen.rows * chosen.columns)
+        sums = torch.empty(size, dtype=torch.int32, device=x.device)
+    offset = x if bias is None else bias
+    rows = box_rows(chosen.rows, m)
+    launch(
+        mxfp8_linear_wide,
+        (chosen.programs if chosen.shared else min(tiles, chosen.programs),),
+        (
+            _rows_of_x(x, rows),
+            *(elements, scales, packed),
+            offset,
+            out,
+            sums,
+            *(m, n, k),
+            *(tiles, tiles - chosen.shared, shares.STORED),
+        ),
+        (_packed(source), *chosen.constants, rows, bias is not None),
+        num_warps=8,
+        dependent=settings.dependent_launch(),
+    )
+
+
+def _rows_of_x(x: Tensor, rows: int) -> Any:
+    """The argument ``x`` of the kernels on tiles, in boxes of so many rows."""
+    return x, box((rows, 64), _X), tuple(x.shape), (x.shape[1], 1)
 
 
 def _packed(source: Tensor | Canonical) -> int:

@@ -15,9 +15,10 @@ first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from . import plans_direct
 from .counts import divided
@@ -57,34 +58,23 @@ class Skinny:
         """Of the kernel."""
         return self.rows, self.across, self.along, self.stages, self.consumer_registers
 
-    def split_of(self, tiles: int) -> int:
-        """How many of so many tiles are computed in parts."""
-        return tiles if self.parts > 1 else 0
-
 
 @dataclass(frozen=True)
 class Wide:
-    """The kernel in ``wide``: rows of x, stages, registers (0: all), parts of the last ``split`` tiles."""
+    """The kernel in ``wide``: how many programs there are at most, and how many of the last tiles they all share."""
 
-    rows: int
-    stages: int
-    registers: int
-    split: int = 0
-    parts: int = 1
+    programs: int
+    shared: int = 0
 
-    @property
-    def columns(self) -> int:
-        """Of a tile."""
-        return 128
+    rows: ClassVar = 256
+    columns: ClassVar = 128
+    """Of a tile."""
+    stages: ClassVar = 5
 
     @property
     def constants(self) -> tuple[int, ...]:
         """Of the kernel."""
         return self.rows, self.stages
-
-    def split_of(self, tiles: int) -> int:
-        """How many of so many tiles are computed in parts."""
-        return self.split
 
 
 Plan: TypeAlias = Direct | Narrow | Skinny | Wide
@@ -107,7 +97,7 @@ class Cost:
     megabyte: float = 0
 
 
-TABLE: dict[Tiled, Cost] = {
+TABLE: dict[Skinny, Cost] = {
     Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0344, 0.1336), (0.1936, 0.1921), 2.1122, 2.4177, 0.9635),
     Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0208, 0.0001), (0.1557, 0.2452), 3.9339, 1.4109, 2.7739),
     Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0057, 0.0013), (0.4356, 0.5449), 2.5502, 1.8725, 1.2681),
@@ -118,10 +108,28 @@ TABLE: dict[Tiled, Cost] = {
     Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.507, 0.589), 4.13, 2.62, 0.24),
     Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.426, 0.51), 2.93, 2.82, 0.22),
     Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.761, 0.879), 2.38, 3.23, 0.2),
-    Wide(128, 4, 128): Cost(2, (0.124, 0.171), (0.757, 0.863), 3.33, 4.33, 0.11),
-    Wide(256, 5, 0): Cost(1, (0, 0), (1.361, 1.423), 3.3, 2.84, 0.24),
 }
 
+
+@dataclass(frozen=True)
+class WideCost:
+    """Microseconds that ``wide`` takes: for each block of 128 elements of K, ``tile`` more for each piece of a program,
+    ``start`` at the beginning and in the end, and where tiles are shared ``share``, ``add`` for each time that sums are
+    added.
+    """
+
+    each: float
+    tile: float
+    start: float
+    share: float
+    add: float
+
+
+WIDE = WideCost(1.37, 1.2, 2.7, 5, 2.7), WideCost(1.42, 1.2, 2, 8, 1.2)
+"""For weights that are packed and canonical."""
+
+SHARE = 8
+"""Blocks of K that a program's share has at least: its parts of tiles may not be too short."""
 
 NARROW: dict[Narrow, Cost] = {
     Narrow(8, 4, 4): Cost(1, (0.0001,), (0.0869,), 3.0287),
@@ -154,15 +162,26 @@ def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: 
     blocks = divided(k, 128)
     if isinstance(choice, Narrow):
         return _programs(NARROW[choice], divided(n, 32), blocks, processors, packed)
-    cost = TABLE[_kind(choice)]
     tiles = divided(n, choice.columns) * divided(m, choice.rows)
-    split = choice.split_of(tiles)
-    time = _programs(cost, tiles - split, blocks, processors, packed)
+    if isinstance(choice, Wide):
+        return _wide(choice, tiles, blocks, packed)
+    cost = TABLE[_kind(choice)]
+    programs = tiles * choice.parts
+    time = _programs(cost, programs, blocks / choice.parts, processors, packed)
     if choice.parts > 1:
-        programs = split * choice.parts
         megabytes = programs * choice.columns * choice.rows * 8e-6  # float32, stored and read
-        time += _programs(cost, programs, blocks / choice.parts, processors, packed)
         time += cost.add + cost.megabyte * megabytes
+    return time
+
+
+def _wide(choice: Wide, tiles: int, blocks: int, packed: bool) -> float:
+    cost = WIDE[int(not packed)]
+    rounds = divided(tiles - choice.shared, choice.programs)
+    time = cost.start + rounds * (blocks * cost.each + cost.tile)
+    if choice.shared:
+        share = choice.shared / choice.programs  # of a tile
+        time += share * blocks * cost.each + (1 + share) * cost.tile
+        time += cost.share + math.ceil(1 / share) * cost.add
     return time
 
 
@@ -174,11 +193,9 @@ def _programs(cost: Cost, programs: int, blocks: float, processors: int, packed:
     return blocks * (turns * cost.turn[canonical] + each * cost.each[canonical]) + turns * cost.start
 
 
-def _kind(choice: Tiled) -> Tiled:
+def _kind(choice: Skinny) -> Skinny:
     """The choice as it is in the table: without parts, and of 16 rows where it has 8."""
-    if isinstance(choice, Skinny):
-        return replace(choice, rows=max(choice.rows, 16), parts=1)
-    return replace(choice, split=0, parts=1)
+    return replace(choice, rows=max(choice.rows, 16), parts=1)
 
 
 def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
@@ -190,27 +207,24 @@ def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
     for kind, cost in TABLE.items():
         if kind.rows != max(rows, 16) and not rows > kind.rows >= 64:
             continue
+        kind = replace(kind, rows=min(rows, kind.rows))
+        yield kind
         tiles = divided(n, kind.columns) * divided(m, kind.rows)
-        most = 2 * cost.at_once * processors
-        if isinstance(kind, Skinny):
-            kind = replace(kind, rows=min(rows, kind.rows))
-            yield kind
-            for parts in (2, 3, 4, 6, 8):
-                if tiles * parts <= most and parts * 2 * kind.along <= blocks:
-                    yield replace(kind, parts=parts)
-        else:
-            yield kind
-            yield from _split(kind, tiles, blocks, processors)
+        for parts in (2, 3, 4, 6, 8):
+            if tiles * parts <= 2 * cost.at_once * processors and parts * 2 * kind.along <= blocks:
+                yield replace(kind, parts=parts)
+    if m > 128:
+        yield from _wides(divided(n, Wide.columns) * divided(m, Wide.rows), blocks, processors)
 
 
-def _split(kind: Wide, tiles: int, blocks: int, processors: int) -> Iterator[Wide]:
-    """All tiles in parts, or those that would leave the chip half empty in the end."""
-    rest = tiles % processors
-    for parts in range(2, min(5, blocks) + 1):
-        if tiles * parts <= 2 * processors:
-            yield replace(kind, split=tiles, parts=parts)
-        elif rest * parts <= 2 * processors and 0 < rest < tiles and kind.rows == 256:
-            yield replace(kind, split=rest, parts=parts)
+def _wides(tiles: int, blocks: int, processors: int) -> Iterator[Wide]:
+    """Whole tiles alone, and with so many shared that all programs have as much to do: all tiles if there is less than
+    one for each, else the last ones, more than one for each.
+    """
+    yield Wide(processors)
+    shared = tiles if tiles < processors else processors + tiles % processors
+    if tiles % processors and SHARE * processors <= shared * blocks < 2**31 / processors:
+        yield Wide(processors, shared)
 
 
 def _narrow(m: int, k: int) -> Iterator[Narrow]:

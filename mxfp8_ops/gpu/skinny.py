@@ -5,7 +5,7 @@ each consumer, and of x. Consumers, of four warps each, decode the weight into r
 weight as operand A, so that the few rows of x are the narrow side of the matrix instruction. R consumers stand next to
 each other along N; S of them share the stages in turn along K and add up their sums through shared memory in the end.
 
-Where tiles do not fill the chip, the last ones are cut along K as well: see ``tiles``.
+Where tiles do not fill the chip, they are cut along K as well: see ``tiles``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .versions import barrier, load_box
 LOADER_REGISTERS = gl.constexpr(24)
 
 
-@gluon.jit(do_not_specialize=["M", "whole", "parts"])
+@gluon.jit(do_not_specialize=["M", "parts"])
 def mxfp8_linear_skinny(
     x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
@@ -39,8 +39,7 @@ def mxfp8_linear_skinny(
     M,
     N,
     K,
-    whole,  # tiles that are computed by one program; the others by `parts` programs each
-    parts,
+    parts,  # programs that compute a tile
     PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
     R: gl.constexpr,
@@ -51,7 +50,7 @@ def mxfp8_linear_skinny(
     HAS_BIAS: gl.constexpr,
 ):
     blocks = (K + 127) // 128
-    tile, part, first, steps = part_of_tile(blocks, whole, parts)
+    tile, part, first, steps = part_of_tile(blocks, parts)
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
     x_stages = gl.allocate_shared_memory(x.dtype, [STAGES * 2, BM, 64], x.layout)
     if PACKED:

@@ -1,8 +1,7 @@
-"""Which part of the result a program computes, and how it stores it: shared by the kernels for Hopper.
+"""The tiles of a result ``[M, N]``, and how they are loaded and stored: shared by the kernels for Hopper.
 
-A result ``[M, N]`` is computed in tiles. The first ``whole`` tiles are each one program's work; each of the others is
-shared by ``parts`` programs, which take turns of K each and store float32 sums that ``mxfp8_add_parts`` adds up, in a
-fixed order. So the last tiles, fewer than the chip has room for, keep all of it busy (split-K where ``whole`` is 0).
+A tile of ``skinny`` is one program's work, or that of ``parts`` programs, which take turns of K each and store float32
+sums that ``mxfp8_add_parts`` adds up, in a fixed order (split-K). How programs of ``wide`` share tiles: ``shares``.
 
 TMA takes several times as long for a row of x that is not there as for one that is. So the last rows' tile is moved up
 to end with the last row: its first rows are then some of the tile before once more, and are not stored. Where x has
@@ -36,22 +35,13 @@ def wait_for_kernel_before():
 
 
 @gluon.jit
-def part_of_tile(blocks, whole, parts):
-    """This program's tile, which part of all partial sums it is (-1: none), its first step along K and their number."""
+def part_of_tile(blocks, parts):
+    """This program's tile, which of all partial sums its own are (-1: none), its first block of K and their number."""
     program = gl.program_id(0)
-    rest = program - whole
-    if rest < 0:
-        tile = program
-        part = -1
-        first = 0
-        steps = blocks
-    else:
-        tile = whole + rest // parts
-        part = rest
-        turn = rest % parts
-        first = turn * blocks // parts
-        steps = (turn + 1) * blocks // parts - first
-    return tile, part, first, steps
+    turn = program % parts
+    first = turn * blocks // parts
+    part = gl.where(parts > 1, program, -1)
+    return program // parts, part, first, (turn + 1) * blocks // parts - first
 
 
 @gluon.jit
@@ -111,32 +101,61 @@ def store_tile(total, bias, out, M, N, row, column, BOX: gl.constexpr, HAS_BIAS:
     """A float32 tile ``[BN, BM]`` plus bias, rounded and transposed, to its place in ``out [M, N]``."""
     BN: gl.constexpr = total.shape[0]
     BM: gl.constexpr = total.shape[1]
-    DTYPE: gl.constexpr = out.dtype.element_ty
-    LAYOUT: gl.constexpr = total.type.layout
-    if HAS_BIAS:
-        n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
-        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
-    if BM >= 32:  # through shared memory, to store 16 bytes a lane
-        WARPS: gl.constexpr = BN // 16
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
-        tile = gl.convert_layout(gl.permute(total.to(DTYPE), (1, 0)), ROWS)
-        m, stored = rows_of_result(gl.arange(0, BM, gl.SliceLayout(1, ROWS))[:, None], row, M, BOX)
-        n = column + gl.arange(0, BN, gl.SliceLayout(0, ROWS))[None, :]
-        gl.store(out + m.to(gl.int64) * N + n, tile, mask=stored & (n < N))
+    total = _with_bias(total, bias, N, column, HAS_BIAS)
+    if BM >= 32:
+        tile = gl.convert_layout(gl.permute(total.to(out.dtype.element_ty), (1, 0)), _stored_rows(BN))
+        store_rows(tile, out, M, N, row, column, 0, BOX)
     else:
+        LAYOUT: gl.constexpr = total.type.layout
         m, stored = rows_of_result(gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :], row, M, BOX)
         n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))[:, None]
-        gl.store(out + m.to(gl.int64) * N + n, total.to(DTYPE), mask=stored & (n < N))
+        gl.store(out + m.to(gl.int64) * N + n, total.to(out.dtype.element_ty), mask=stored & (n < N))
 
 
-@triton.jit(do_not_specialize=["M", "whole", "parts"])
+@gluon.jit
+def store_quarters(total, bias, out, M, N, row, column, scratch, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """The same, a quarter of the tile's rows of x at a time, each through shared memory ``scratch [BM / 4, BN]``."""
+    BN: gl.constexpr = total.shape[0]
+    BM: gl.constexpr = total.shape[1]
+    total = _with_bias(total, bias, N, column, HAS_BIAS).to(out.dtype.element_ty)
+    halves = gl.split(gl.permute(gl.reshape(total, [BN, 2, BM // 2]), (0, 2, 1)))
+    for i in gl.static_range(4):
+        quarter = gl.split(gl.permute(gl.reshape(halves[i // 2], [BN, 2, BM // 4]), (0, 2, 1)))[i % 2]
+        scratch.store(gl.permute(quarter, (1, 0)))
+        store_rows(scratch.load(_stored_rows(BN)), out, M, N, row, column, BM // 4 * i, BOX)
+
+
+@gluon.constexpr_function
+def _stored_rows(columns):
+    """A layout in which a lane has 16 bytes of a row."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [columns // 16, 1], [1, 0])
+
+
+@gluon.jit
+def _with_bias(total, bias, N, column, HAS_BIAS: gl.constexpr):
+    if HAS_BIAS:
+        n = column + gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))
+        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
+    return total
+
+
+@gluon.jit
+def store_rows(rows, out, M, N, row, column, FIRST: gl.constexpr, BOX: gl.constexpr):
+    """Rows of a tile ``[BM, BN]``, from its row FIRST on, to their places."""
+    LAYOUT: gl.constexpr = rows.type.layout
+    m = FIRST + gl.arange(0, rows.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
+    m, stored = rows_of_result(m, row, M, BOX)
+    n = column + gl.arange(0, rows.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(out + m.to(gl.int64) * N + n, rows, mask=stored & (n < N))
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
 def mxfp8_add_parts(
     partial,
     bias,
     out,
     M,
     N,
-    whole,
     parts,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -146,7 +165,7 @@ def mxfp8_add_parts(
 ):
     """Adds up the parts of STEP columns of a tile, ``partial [tile, part, BN, BM]``, and stores them in ``out``."""
     tile = tl.program_id(0) // (BN // STEP)
-    first_row, first_column = place_of_tile(whole + tile, M, N, BM, BN)
+    first_row, first_column = place_of_tile(tile, M, N, BM, BN)
     n = tl.program_id(0) % (BN // STEP) * STEP + tl.arange(0, STEP)[:, None]
     m = tl.arange(0, BM)[None, :]
     place = partial + tile.to(tl.int64) * parts * (BN * BM) + n * BM + m

@@ -108,13 +108,18 @@ def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
     ):
         for m in PLAN_ROWS:
             found = [plan for plan in plans.candidates(m, 300, k, processors, packed) if isinstance(plan, kind)]
-            for plan in (plan for plan in found if plan.rows >= m and _differs(plan)):
+            for plan in (small for each in found if each.rows >= m for small in _small(each)):
                 yield from ((Problem(m, 300, k, dtype, packed), plan) for dtype in DTYPES[:2])
 
 
-def _differs(plan: plans.Plan) -> bool:
-    """More parts run the same code as two."""
-    return isinstance(plan, Direct | plans.Narrow) or plan.parts <= 2
+def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
+    """What runs the same code on three tiles: two parts instead of more, and for ``wide`` two programs, which have
+    tiles after another then and share one, and nine, of which several store parts of one tile.
+    """
+    if isinstance(plan, plans.Wide):
+        yield from (plans.Wide(2), plans.Wide(2, shared=3), plans.Wide(9, shared=3)) if not plan.shared else ()
+    elif isinstance(plan, Direct | plans.Narrow) or plan.parts <= 2:
+        yield plan
 
 
 Weight: TypeAlias = tuple[Tensor, ...]

@@ -1,0 +1,163 @@
+"""What each program computes where there are no more than the chip has room for, and how they share tiles (stream-K).
+
+The first ``whole`` tiles of a result go round among the programs. The blocks of K of the other tiles stand in a row, of
+which every program gets an equal share; so a share may end within a tile, and begin within one. After its rounds, which
+all do in step, a program computes the end of its share, the FIRST part of a tile or one in the midst, and stores the
+sums; then the whole tiles of its share; then its beginning, the LAST part of a tile, to which it adds, in a fixed
+order, what programs before it have stored: long ago as a rule.
+
+Nobody waits for ever: a program waits for ones with lower numbers only, which have started before it, and which say
+that their sums are there before they wait themselves.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+FIRST = gl.constexpr(-1)
+WHOLE = gl.constexpr(0)
+LAST = gl.constexpr(1)
+
+LEAST = gl.constexpr(3)
+"""Blocks of a part, at least: loading is less than that ahead, so that it never has to skip a piece."""
+
+STORED = secrets.randbits(62) | 1 << 62
+"""What a program writes to say that its sums are there, and who reads it takes away again. The word is not cleared
+before, which would take another launch: memory that holds this number of 62 random bits by chance is not to be feared,
+and no launch leaves it behind.
+"""
+
+
+def words(programs: int, size: int) -> int:
+    """How many int32 the sums of tiles of so many elements take: those of every program, and what they say."""
+    return programs * (size + 2)
+
+
+@gluon.jit
+def share_begins(program, programs, shared, blocks):
+    """Where the share of a program begins in a row of ``shared`` tiles of ``blocks`` each."""
+    begin = program * (shared * blocks) // programs
+    within = begin % blocks
+    if within < LEAST:
+        begin -= within
+    elif within > blocks - LEAST:
+        begin += blocks - within
+    return begin
+
+
+@gluon.jit
+def work_of(program, programs, tiles, whole, blocks):
+    """A program's whole tiles, and where its share begins and ends: tiles of the row, and blocks of the next one."""
+    rounds = (whole - program + programs - 1) // programs
+    begin = 0
+    end = 0
+    if tiles > whole:
+        begin = share_begins(program, programs, tiles - whole, blocks)
+        end = share_begins(program + 1, programs, tiles - whole, blocks)
+    return rounds, begin // blocks, begin % blocks, end // blocks, end % blocks
+
+
+@gluon.jit
+def pieces_of(work):
+    """How many pieces a program has to do: whole tiles, and all tiles that its share has something of."""
+    rounds, begin, _, end, beyond = work
+    return rounds + end - begin + gl.minimum(beyond, 1)
+
+
+@gluon.jit
+def piece_of(n, program, programs, whole, blocks, work):
+    """The n-th of them: its tile, from which block on and how many, and whether it is FIRST, WHOLE or LAST."""
+    rounds, begin, skipped, end, beyond = work
+    tile = program + n * programs
+    first = 0
+    count = blocks
+    part = 0
+    if n >= rounds:
+        later = n - rounds - gl.minimum(beyond, 1)
+        tile = begin + later + gl.minimum(skipped, 1)  # the tile in which the share begins comes after the others
+        if later < 0:
+            tile = end
+            first = gl.where(begin == end, skipped, 0)
+            count = beyond - first
+            part = -1
+        elif tile >= end:
+            tile = begin
+            first = skipped
+            count = blocks - first
+            part = gl.minimum(first, 1)
+        tile += whole
+    return tile, first, count, part
+
+
+@gluon.jit
+def when_to_say(work):
+    """After which piece a program says that its sums are stored: after the next one, if there is one. -1: never."""
+    rounds, _, _, _, beyond = work
+    return gl.where(beyond > 0, gl.minimum(rounds + 1, pieces_of(work) - 1), -1)
+
+
+@gluon.jit
+def store_sums(total, sums, program):
+    """Stores a tile of float32 for a program after this one, which ``say_stored`` tells."""
+    flat = _in_order_of_registers(total)
+    gl.store(_place(sums, program, flat), flat.to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def say_stored(sums, stored, program, programs, SIZE: gl.constexpr):
+    """After a barrier, the later the better: what is still on its way to memory is waited for."""
+    gl.atomic_xchg(_word(sums, program, programs, SIZE), stored, sem="release", scope="gpu")
+
+
+@gluon.jit
+def add_sums(total, sums, stored, program, programs, shared, blocks, work):
+    """Adds what programs before this one have stored for the tile in which its share begins."""
+    _, tile, skipped, _, _ = work
+    begin = tile * blocks + skipped
+    while begin > tile * blocks:
+        program -= 1
+        begin = share_begins(program, programs, shared, blocks)
+        word = _word(sums, program, programs, total.shape[0] * total.shape[1])
+        found = gl.atomic_cas(word, stored, ~stored, sem="acquire", scope="gpu")
+        while found != stored:
+            found = gl.atomic_cas(word, stored, ~stored, sem="acquire", scope="gpu")
+        flat = _in_order_of_registers(total)
+        flat += gl.load(_place(sums, program, flat), cache_modifier=".cg").to(gl.float32, bitcast=True)
+        total = _as_before(flat, total)
+    return total
+
+
+@gluon.jit
+def _place(sums, program, flat):
+    """Where a program stores its sums."""
+    size: gl.constexpr = flat.shape[0]
+    return sums + program.to(gl.int64) * size + gl.arange(0, size, flat.type.layout)
+
+
+@gluon.jit
+def _word(sums, program, programs, SIZE: gl.constexpr):
+    """Where it says so."""
+    return (sums + programs.to(gl.int64) * SIZE).to(gl.pointer_type(gl.int64)) + program
+
+
+@gluon.jit
+def _in_order_of_registers(total):
+    """A tile ``[BN, BM]`` in the layout of the matrix instruction as one row: four elements of a lane follow each
+    other, and then those of the next lane.
+    """
+    BN: gl.constexpr = total.shape[0]
+    BM: gl.constexpr = total.shape[1]
+    bits = gl.reshape(total, [BN // 16, 2, 8, BM // 8, 4, 2])
+    return gl.reshape(gl.permute(bits, (3, 0, 2, 4, 1, 5)), [BN * BM])
+
+
+@gluon.jit
+def _as_before(flat, total):
+    """The row as a tile again, like ``total``."""
+    BN: gl.constexpr = total.shape[0]
+    BM: gl.constexpr = total.shape[1]
+    bits = gl.permute(gl.reshape(flat, [BM // 8, BN // 16, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
+    return gl.convert_layout(gl.reshape(bits, [BN, BM]), total.type.layout, assert_trivial=True)
