@@ -120,6 +120,34 @@ def test_programs_that_share_tiles_are_right_however_many_there_are(
 
 @HOPPER
 @FORM
+def test_programs_that_share_tiles_find_nothing_of_another_launch(packed: bool) -> None:
+    """Neither of one before, in the same memory, nor of one that runs at the same time."""
+    n, k, launched = 4096, 2048, []
+    for m in (1100, 1400):
+        x, on_chip, bias, expected = problem(m, n, k, torch.bfloat16, packed)
+        (plan,) = (each for each in plans.candidates(m, n, k, processors(), packed) if getattr(each, "shared", 0))
+        out, stream, graph = torch.empty_like(expected), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        hopper._run(plan, x, source_of(on_chip), bias, out)
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(3):
+                hopper._run(plan, x, source_of(on_chip), bias, out)
+        negative = (2 * bias.double() - expected.double()).to(out.dtype)
+        launched.append((x, out, stream, graph, (negative, expected)))
+    for turn in range(20):
+        for x, out, _, _, _ in launched:
+            x.neg_()
+            out.fill_(torch.nan)
+        torch.cuda.synchronize()
+        for _, _, stream, graph, _ in launched:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, out, _, _, expected in launched:
+            assert_same(out, expected[turn % 2])
+
+
+@HOPPER
+@FORM
 @SHORT
 @pytest.mark.parametrize("m", [5, 16, 27, 50, 100, 256])
 @pytest.mark.usefixtures("poisoned")

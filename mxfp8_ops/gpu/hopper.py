@@ -160,10 +160,7 @@ def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | No
     (m, k), n = x.shape, out.shape[1]
     tiles = divided(n, chosen.columns) * divided(m, chosen.rows)
     elements, scales, packed = _boxes(source, 2)
-    sums = packed
-    if chosen.shared:
-        size = shares.words(chosen.programs, chosen.rows * chosen.columns)
-        sums = torch.empty(size, dtype=torch.int32, device=x.device)
+    sums = shares.memory(chosen.programs, chosen.rows * chosen.columns, x.device) if chosen.shared else packed
     offset = x if bias is None else bias
     rows = box_rows(chosen.rows, m)
     launch(

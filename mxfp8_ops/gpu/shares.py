@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import secrets
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -31,9 +33,9 @@ and no launch leaves it behind.
 """
 
 
-def words(programs: int, size: int) -> int:
-    """How many int32 the sums of tiles of so many elements take: those of every program, and what they say."""
-    return programs * (size + 2)
+def memory(programs: int, size: int, device: torch.device) -> Tensor:
+    """What programs need to share tiles of so many elements: int32, for the sums of each, and for what each says."""
+    return torch.empty(programs * (size + 2), dtype=torch.int32, device=device)
 
 
 @gluon.jit

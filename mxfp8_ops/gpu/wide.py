@@ -123,8 +123,9 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
 
 @gluon.jit
 def _fast(sources, stages, problem, result, ahead, config: gl.constexpr):
-    """All pieces, of blocks of 128 elements, two steps each. A step is decoded one ahead. Scales of a canonical weight
-    are loaded a block ahead, from ``places``: right after TMA was told to load, which waits for all loads before.
+    """All pieces, of blocks of 128 elements, two steps each. A step is decoded one ahead, of whichever piece it is.
+    Scales of a canonical weight are loaded a block ahead, from ``places``: right after TMA was told to load, which
+    waits for all loads before.
     """
     x_stages = stages[0]
     full = stages[3]
@@ -139,15 +140,16 @@ def _fast(sources, stages, problem, result, ahead, config: gl.constexpr):
     stage = 0
     phase = 0
     free = STAGES - 1
-    for n in range(problem[6]):
+    pieces = problem[6]
+    mbarrier.wait(full.index(0), 0)
+    weight = _decode(stages, scales, 0, 0, config)
+    for n in range(pieces):
         then = cursor(ahead[0] + 1, problem, config)
         places_then = places
         if not PACKED:
             places_then = _scale_places(n + 1, sources, problem, MMA)
         blocks = piece(n, problem, config[1])[3]
         total = gl.zeros([128, config[1]], gl.float32, MMA)
-        mbarrier.wait(full.index(stage), phase)
-        weight = _decode(stages, scales, stage, 0, config)
         for block in range(blocks):
             total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
@@ -169,7 +171,7 @@ def _fast(sources, stages, problem, result, ahead, config: gl.constexpr):
             free = stage
             stage, phase = advance(stage, phase, 1, STAGES)
             scales = next_scales
-            mbarrier.wait(full.index(stage), phase, pred=block + 1 < blocks)
+            mbarrier.wait(full.index(stage), phase, pred=(block < blocks - 1) | (n < pieces - 1))
             weight = _decode(stages, scales, stage, 0, config)
         total = warpgroup_mma_wait(0, deps=[total])
         _finish(n, total, problem, result, config)
