@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import os
 import re
 import sys
@@ -38,20 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
     if args.worker is not None:
-        return work(*map(int, args.worker.split("/")))
+        return work(*map(int, args.worker.split("/")), args.only)
     sanitizer = tools.find("compute-sanitizer")
     reason = missing(sanitizer, args.markdown)
     if sanitizer is None or reason is not None:
         print(f"sanitize: {reason}", file=sys.stderr)
         return 2
     with ThreadPoolExecutor(args.jobs) as pool:
-        filled = list(pool.map(fill, (f"{i}/{args.jobs}" for i in range(args.jobs))))
+        only = [] if args.only is None else ["--only", args.only]
+        filled = list(pool.map(lambda i: fill([f"{i}/{args.jobs}", *only]), range(args.jobs)))
         failed = next((each for each in filled if each.status != 0), None)
         if failed is not None:
             print(failed.output, "sanitize: the cases fail without a tool, too", sep="\n", file=sys.stderr)
             return 3
         print(f"{max(each.seconds for each in filled):.0f} s to compile", flush=True)
-        found = list(pool.map(lambda tool: check(sanitizer, tool, args.limit), args.tools))
+        found = list(pool.map(lambda tool: check(sanitizer, tool, [ALL, *only], args.limit), args.tools))
     for each in found:
         print("  ".join(each.cells()), *each.report, sep="\n")
     if args.markdown is not None:
@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS, help="default: all")
     new.add_argument("--jobs", type=int, default=4, choices=range(1, 17), metavar="N", help="processes at once")
     new.add_argument("--limit", type=float, default=200, metavar="SECONDS", help="for each tool; default: 200")
+    new.add_argument("--only", metavar="TEXT", help="cases whose names have it; default: all")
     new.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
     new.add_argument("--worker", metavar="I/N", help=argparse.SUPPRESS)
     return new
@@ -81,24 +82,29 @@ def missing(sanitizer: str | None, markdown: Path | None) -> str | None:
     return DEVICES["cuda"].missing()
 
 
-def work(share: int, shares: int) -> int:
-    """Runs every case, or one of several shares of them."""
+def work(share: int, shares: int, only: str | None) -> int:
+    """Runs every case with a text in its name, or one of several shares of them."""
     from benchmarks.case import run_all
     from benchmarks.cases import cases
 
     warnings.filterwarnings("error", message="MXFP8 weights are dequantized")  # what it says is not what is checked
-    done = run_all(itertools.islice(cases(), share, None, shares))
+    found = [case for case in cases() if only is None or only in case.name]
+    if not found:
+        print(f"sanitize: no case has {only!r} in its name")
+        return 1
+    done = run_all(found[share::shares])
     print(f"sanitize: {done} cases are right", flush=True)
     return 0
 
 
-def fill(share: str) -> Finished:
+def fill(words: list[str]) -> Finished:
     """Triton's cache: compilers are slow under a tool."""
-    return tools.run([*WORKER, share], FILL_SECONDS, environment())
+    return tools.run([*WORKER, *words], FILL_SECONDS, environment())
 
 
-def check(sanitizer: str, tool: str, limit: float) -> Finding:
-    return judged(tool, tools.run([sanitizer, "--tool", tool, *CHECKS, *PATIENCE, *WORKER, ALL], limit, environment()))
+def check(sanitizer: str, tool: str, words: list[str], limit: float) -> Finding:
+    command = [sanitizer, "--tool", tool, *CHECKS, *PATIENCE, *WORKER, *words]
+    return judged(tool, tools.run(command, limit, environment()))
 
 
 def environment() -> dict[str, str]:

@@ -132,17 +132,17 @@ def test_programs_that_share_tiles_find_nothing_of_another_launch(packed: bool) 
             for _ in range(3):
                 hopper._run(plan, x, source_of(on_chip), bias, out)
         negative = (2 * bias.double() - expected.double()).to(out.dtype)
-        launched.append((x, out, stream, graph, (negative, expected)))
+        launched.append((x, out, stream, graph, (negative, expected), on_chip, bias))  # all that graphs need
     for turn in range(20):
-        for x, out, _, _, _ in launched:
+        for x, out, *_ in launched:
             x.neg_()
             out.fill_(torch.nan)
         torch.cuda.synchronize()
-        for _, _, stream, graph, _ in launched:
+        for _, _, stream, graph, *_ in launched:
             with torch.cuda.stream(stream):
                 graph.replay()
         torch.cuda.synchronize()
-        for _, out, _, _, expected in launched:
+        for _, out, _, _, expected, *_ in launched:
             assert_same(out, expected[turn % 2])
 
 

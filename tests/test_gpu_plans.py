@@ -126,9 +126,10 @@ def test_the_model_counts_what_programs_share(packed: bool) -> None:
     cost = plans.WIDE[not packed]
     whole = cost.start + 3 * (32 * cost.each + cost.tile)
     assert microseconds(Wide(100), 256, 250 * 128, 4096, 100, packed) == pytest.approx(whole, rel=1e-12)
-    shared = cost.start + 32 * cost.each + cost.tile + 1.5 * 32 * cost.each + 2.5 * cost.tile + cost.share + cost.add
+    shared = cost.start + 32 * cost.each + cost.tile + 1.5 * 32 * cost.each * plans.APART + 2.5 * cost.tile
+    shared += cost.share + cost.add
     assert microseconds(Wide(100, 150), 256, 250 * 128, 4096, 100, packed) == pytest.approx(shared, rel=1e-12)
-    alone = cost.start + 0.4 * 32 * cost.each + 1.4 * cost.tile + cost.share + 3 * cost.add
+    alone = cost.start + 0.4 * 32 * cost.each * plans.APART + 1.4 * cost.tile + cost.share + 3 * cost.add
     assert microseconds(Wide(100, 40), 256, 40 * 128, 4096, 100, packed) == pytest.approx(alone, rel=1e-12)
 
 

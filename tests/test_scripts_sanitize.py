@@ -175,6 +175,30 @@ def test_what_was_found_before_the_time_was_over_is_shown(sanitize: ModuleType) 
     assert finding.report[:2] == ["========= Invalid read of size 4", "a case"]
 
 
+def test_only_cases_with_a_text_in_their_names_run(
+    sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    pytest.importorskip("triton")
+    case, cases = (importlib.import_module(f"benchmarks.{name}") for name in ("case", "cases"))
+    found = [case.Case(name, lambda: None) for name in ("wide, one", "narrow", "wide, another")]
+    monkeypatch.setattr(cases, "cases", lambda: iter(found))
+    assert sanitize.main(["--worker", "0/1", "--only", "wide"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["wide, one", "wide, another", "sanitize: 2 cases are right"]
+    assert sanitize.main(["--worker", "1/2", "--only", "wide"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["wide, another", "sanitize: 1 cases are right"]
+    assert sanitize.main(["--worker", "0/1", "--only", "tall"]) == 1
+    assert capsys.readouterr().out == "sanitize: no case has 'tall' in its name\n"
+
+
+def test_the_text_is_handed_to_the_worker(
+    sanitize: ModuleType, tool: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    worker = "import sys; assert sys.argv[2:] == ['--only', 'wide'], sys.argv; print('sanitize: 5 cases are right')"
+    monkeypatch.setattr(sanitize, "WORKER", [sys.executable, "-c", worker])
+    assert sanitize.main(["--only", "wide"]) == 0
+    assert "memcheck  clean  5  0" in capsys.readouterr().out
+
+
 def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     cases = importlib.import_module("benchmarks.cases")

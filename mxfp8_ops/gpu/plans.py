@@ -4,9 +4,10 @@ The model counts how many programs there are for a multiprocessor, so it holds f
 multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors), of packed and of canonical weights:
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
-- From 17 to 2048 rows of x to some 2800 times of 20 shapes, 1024x4096 to 28672x8192. Its choice took 1.0014 times as
-  long as the fastest plan on average, 1.06 times at worst; 1.004 times for six shapes without which it was fitted. For
-  44 shapes, measured later up to 256 rows, 1.003 times, 1.10 at worst.
+- From 17 to 2048 rows of x to some 2800 times of 20 shapes, 1024x4096 to 28672x8192; ``wide``, which was changed
+  since, to some 2000 times of 26 shapes from 192 rows on, brought to the same scale. There its choice took 1.001 times
+  as long as the fastest plan on average, 1.06 times at worst; for quarters of the shapes without which it was fitted
+  1.002 times.
 - From 5 to 16 rows to some 3500 times of 44 shapes, 512x4096 to 151936x2048: 1.003 times on average, 1.06 at worst. For
   quarters of the shapes without which it was fitted 1.01 times. These are of another card, and brought to the scale of
   the others: a seventeenth row never saves time.
@@ -113,9 +114,9 @@ TABLE: dict[Skinny, Cost] = {
 
 @dataclass(frozen=True)
 class WideCost:
-    """Microseconds that ``wide`` takes: for each block of 128 elements of K, ``tile`` more for each piece of a program,
-    ``start`` at the beginning and in the end, and where tiles are shared ``share``, ``add`` for each time that sums are
-    added.
+    """Microseconds that ``wide`` takes: ``each`` for a block of 128 elements of K, ``tile`` more for each piece of a
+    program, ``start`` at the beginning and in the end. Where tiles are shared ``share`` more, and ``add`` each time that
+    sums are added.
     """
 
     each: float
@@ -125,8 +126,14 @@ class WideCost:
     add: float
 
 
-WIDE = WideCost(1.37, 1.2, 2.7, 5, 2.7), WideCost(1.42, 1.2, 2, 8, 1.2)
+WIDE = WideCost(1.37, 1.2, 2.7, 3, 2.7), WideCost(1.42, 1.2, 2, 6, 1.2)
 """For weights that are packed and canonical."""
+
+APART = 1.04
+"""How much longer the blocks of a share take: programs are not in step then, and find less in the cache."""
+
+FULL = 0.85
+"""Of the programs: if more have work in the last round, sharing it gains nothing."""
 
 SHARE = 8
 """Blocks of K that a program's share has at least: its parts of tiles may not be too short."""
@@ -180,7 +187,7 @@ def _wide(choice: Wide, tiles: int, blocks: int, packed: bool) -> float:
     time = cost.start + rounds * (blocks * cost.each + cost.tile)
     if choice.shared:
         share = choice.shared / choice.programs  # of a tile
-        time += share * blocks * cost.each + (1 + share) * cost.tile
+        time += share * blocks * cost.each * APART + (1 + share) * cost.tile
         time += cost.share + math.ceil(1 / share) * cost.add
     return time
 
@@ -218,12 +225,13 @@ def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
 
 
 def _wides(tiles: int, blocks: int, processors: int) -> Iterator[Wide]:
-    """Whole tiles alone, and with so many shared that all programs have as much to do: all tiles if there is less than
-    one for each, else the last ones, more than one for each.
+    """Whole tiles alone; and where they leave programs without work in the last round, with so many shared that all
+    have as much to do: all tiles if there is less than one for each, else the last ones, more than one for each.
     """
     yield Wide(processors)
-    shared = tiles if tiles < processors else processors + tiles % processors
-    if tiles % processors and SHARE * processors <= shared * blocks < 2**31 / processors:
+    last = tiles % processors
+    shared = tiles if tiles < processors else processors + last
+    if 0 < last <= FULL * processors and SHARE * processors <= shared * blocks < 2**31 / processors:
         yield Wide(processors, shared)
 
 
