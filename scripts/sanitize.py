@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
     if args.worker is not None:
-        return work(*map(int, args.worker.split("/")), args.only)
+        share, shares = map(int, args.worker.split("/"))
+        return work(share, shares, args.only)
     sanitizer = tools.find("compute-sanitizer")
     reason = missing(sanitizer, args.markdown)
     if sanitizer is None or reason is not None:

@@ -49,7 +49,7 @@ _HOPPER_ROWS = 9  # and from here on those of Hopper
 _MMA_ROWS = 64
 _MOST_ROWS = 3072  # beyond, it hardly matters how long it takes to dequantize a weight once
 _MANY_ROWS = 6144  # and from here on not for packed weights either,
-_SHORT_K = 6144  # if tiles are computed so fast that starting and storing them takes longer
+_SHORT_K = 2048  # if tiles are computed so fast that starting and storing them takes longer
 
 
 def _one_byte_weight(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:

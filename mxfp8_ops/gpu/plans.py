@@ -115,8 +115,8 @@ TABLE: dict[Skinny, Cost] = {
 @dataclass(frozen=True)
 class WideCost:
     """Microseconds that ``wide`` takes: ``each`` for a block of 128 elements of K, ``tile`` more for each piece of a
-    program, ``start`` at the beginning and in the end. Where tiles are shared ``share`` more, and ``add`` each time that
-    sums are added.
+    program, ``start`` at the beginning and in the end. Where tiles are shared ``share`` more, and ``add`` whenever sums
+    are added.
     """
 
     each: float
