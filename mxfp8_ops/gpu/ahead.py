@@ -1,6 +1,8 @@
 """What ``wide`` loads ahead: the blocks of K of all pieces of a program, one after the other.
 
-``config`` are the kernel's constants, ``problem`` what is the same for all pieces of a program.
+Functions here and there take as ``config`` the kernel's constants PACKED, BM, STAGES, BOX and HAS_BIAS, and as
+``problem`` what all pieces have in common: M, N, blocks of K, tiles, how many of them are whole, the program's work,
+and how many pieces that is.
 """
 
 from __future__ import annotations

@@ -163,18 +163,11 @@ def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | No
     sums = shares.memory(chosen.programs, chosen.rows * chosen.columns, x.device) if chosen.shared else packed
     offset = x if bias is None else bias
     rows = box_rows(chosen.rows, m)
+    pointers = _rows_of_x(x, rows), elements, scales, packed, offset, out, sums
     launch(
         mxfp8_linear_wide,
         (chosen.programs if chosen.shared else min(tiles, chosen.programs),),
-        (
-            _rows_of_x(x, rows),
-            *(elements, scales, packed),
-            offset,
-            out,
-            sums,
-            *(m, n, k),
-            *(tiles, tiles - chosen.shared, shares.STORED),
-        ),
+        (*pointers, m, n, k, tiles, tiles - chosen.shared, shares.STORED),
         (_packed(source), *chosen.constants, rows, bias is not None),
         num_warps=8,
         dependent=settings.dependent_launch(),

@@ -36,12 +36,12 @@ def mxfp8_linear_wide(
     packed,  # PACKED: pointer to that tensor; else to anything
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
-    sums,  # pointer to the words that `shares` has for sums, int32, or to anything
+    sums,  # pointer to what `shares.memory` gives, or to anything
     M,
     N,
     K,
     tiles,
-    whole,  # tiles that are computed by one program; the others are shared by all
+    whole,  # tiles that are computed by one program each; the others are shared by all
     stored,  # what programs write to say that sums are stored
     PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
@@ -89,7 +89,7 @@ def _mma(rows):
 
 @gluon.jit
 def _finish(n, total, problem, result, config: gl.constexpr):
-    """Stores what a piece has come to."""
+    """Stores what the n-th piece has come to: sums for others, or its tile of the result."""
     M, N, blocks, tiles, whole, work, _ = problem
     bias, out, sums, stored, scratch = result
     row, column, _, _, part = piece(n, problem, config[1])
