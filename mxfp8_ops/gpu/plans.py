@@ -5,9 +5,9 @@ multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors),
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
 - From 17 to 2048 rows of x to some 2800 times of 20 shapes, 1024x4096 to 28672x8192; ``wide``, which was changed
-  since, to some 2000 times of 26 shapes from 192 rows on, brought to the same scale. There its choice took 1.001 times
-  as long as the fastest plan on average, 1.06 times at worst; for quarters of the shapes without which it was fitted
-  1.002 times.
+  since, to some 2000 times of 26 shapes from 192 rows on, brought to the same scale. There its choice, of plans of
+  ``wide`` and the two best others, took 1.001 times as long as the fastest on average, 1.06 times at worst; for
+  quarters of the shapes without which it was fitted 1.002 times.
 - From 5 to 16 rows to some 3500 times of 44 shapes, 512x4096 to 151936x2048: 1.003 times on average, 1.06 at worst. For
   quarters of the shapes without which it was fitted 1.01 times. These are of another card, and brought to the scale of
   the others: a seventeenth row never saves time.
