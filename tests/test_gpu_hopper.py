@@ -5,6 +5,7 @@ becomes of weights where they cannot be had. Results on the chip itself are in t
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -240,6 +241,29 @@ def test_canonical_weights_of_whole_blocks_reach_the_kernels_from_nine_rows_on(
             assert_same(one, other)
     if name is None:
         assert_same(actual, reference.linear(x, weight, scale, bias))
+
+
+@pytest.mark.parametrize(("m", "n", "name"), [(1, 999, "vector"), (2, 32, "gemv"), (2, 33, "mma"), (3, 32, "mma")])
+def test_two_rows_meet_tensor_cores_where_outputs_fill_the_chip(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, n: int, name: str
+) -> None:
+    """A chip of one multiprocessor, which has work with three programs of 16 outputs each."""
+    called = []
+
+    def kernels(name: str) -> Any:
+        def linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+            called.append(name)
+            return x.new_ones(len(x), len(weight))
+
+        real = importlib.import_module(f"mxfp8_ops.gpu.{name}")
+        return SimpleNamespace(linear=linear, plan=getattr(real, "plan", None), fills=getattr(real, "fills", None))
+
+    monkeypatch.setattr(dispatch, "_gluon_kernels", kernels)
+    monkeypatch.setattr(dispatch, "_processors", lambda device: 1)
+    monkeypatch.setattr(dispatch.gemv, "linear", kernels("gemv").linear)
+    x, weight, scale, _ = exact_linear_inputs(m, n, 128, torch.bfloat16)
+    dispatch.linear(x, weight, scale, None)
+    assert called == [name]
 
 
 @pytest.mark.parametrize(("m", "k", "fused"), [(63, 32, True), (64, 32, False), (64, 96, False), (64, 128, True)])

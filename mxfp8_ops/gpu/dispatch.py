@@ -44,8 +44,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out.view(*x.shape[:-1], -1)
 
 
-_GEMV_ROWS = 2  # beyond, tensor cores are faster
-_HOPPER_ROWS = 9  # and from here on those of Hopper
+_HOPPER_ROWS = 9  # from here on, the kernels for Hopper's tensor cores are the fastest
 _MMA_ROWS = 64
 _MOST_ROWS = 3072  # beyond, it hardly matters how long it takes to dequantize a weight once
 _MANY_ROWS = 6144  # and from here on not for packed weights either,
@@ -74,11 +73,14 @@ def _in_gluon(
     hopper = _hopper_kernels(device) if rows >= _HOPPER_ROWS and k % 128 == 0 else None
     if hopper is not None:
         return hopper.linear, ()
-    if _GEMV_ROWS < rows <= _MMA_ROWS:
-        kernels = _gluon_kernels("mma")
-        return (None, ()) if kernels is None else (kernels.linear, (kernels.plan(rows, n, k, _processors(device)),))
-    kernels = _gluon_kernels("vector") if rows == 1 else None
-    return (None, ()) if kernels is None else (kernels.linear, (_processors(device),))
+    processors = _processors(device)
+    if rows == 1:
+        kernels = _gluon_kernels("vector")
+        return (None, ()) if kernels is None else (kernels.linear, (processors,))
+    kernels = _gluon_kernels("mma") if rows <= _MMA_ROWS else None
+    if kernels is None or (rows == 2 and not kernels.fills(n, processors)):
+        return None, ()
+    return kernels.linear, (kernels.plan(rows, n, k, processors),)
 
 
 def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
