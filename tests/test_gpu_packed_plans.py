@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +17,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from compiling import one_code_a_row, what_codes_mean
 from on_chip import EACH_KERNEL, FORM, HOPPER, SHORT, OnChip, linear, on_device, problem, processors, put, source_of
+from planning import split_of, tiles_of
 
 from mxfp8_ops.gpu import hopper, plans
 
@@ -87,7 +87,7 @@ def test_plans_that_split_some_tiles_or_all_are_right(m: int, n: int, k: int, dt
     k = k if packed else k // 128 * 128
     x, on_chip, bias, expected = problem(m, n, k, dtype, packed)
     found = all_plans(m, n, k, packed)
-    assert any(getattr(plan, "parts", 1) > 1 or getattr(plan, "shared", 0) for plan in found)
+    assert any(split_of(plan, m, n) for plan in found)
     for plan in found:
         for _ in range(2):
             assert_same(run_guarded(plan, x, on_chip, bias, n), expected)
@@ -109,7 +109,7 @@ def test_programs_that_share_tiles_are_right_however_many_there_are(
                 scale[5] = 255
             expected = reference.linear(x, weight, scale, bias).cuda()
             on_chip = put(weight, scale, packed, dtype)
-            tiles = math.ceil(m / 256) * math.ceil(n / 128)
+            tiles = tiles_of(plans.Wide(programs), m, n)
             shares = [0, tiles if tiles < programs else programs + tiles % programs, min(tiles, 2 * programs - 1)]
             for shared in dict.fromkeys(shares):
                 if shared == 0 or shared * k / 128 >= plans.SHARE * programs:

@@ -14,7 +14,7 @@ from .counts import divided
 from .direct import mxfp8_linear_direct
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
-from .plans import Narrow, Plan, Skinny, Wide, candidates, plan
+from .plans import Narrow, Plan, Skinny, Wide, candidates, plan, tiles_of
 from .plans_direct import Direct
 from .skinny import mxfp8_linear_skinny
 from .tiles import box_rows, mxfp8_add_parts
@@ -132,7 +132,7 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
 
 def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
-    tiles = divided(n, chosen.columns) * divided(m, chosen.rows)
+    tiles = tiles_of(chosen, m, n)
     split = chosen.parts > 1
     size = tiles * chosen.parts * chosen.rows * chosen.columns
     partial = torch.empty(size, dtype=torch.float32, device=x.device) if split else out
@@ -158,7 +158,7 @@ def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor 
 
 def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
-    tiles = divided(n, chosen.columns) * divided(m, chosen.rows)
+    tiles = tiles_of(chosen, m, n)
     elements, scales, packed = _boxes(source, 2)
     sums = shares.memory(chosen.programs, chosen.rows * chosen.columns, x.device) if chosen.shared else packed
     offset = x if bias is None else bias

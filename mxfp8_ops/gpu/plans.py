@@ -169,7 +169,7 @@ def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: 
     blocks = divided(k, 128)
     if isinstance(choice, Narrow):
         return _programs(NARROW[choice], divided(n, 32), blocks, processors, packed)
-    tiles = divided(n, choice.columns) * divided(m, choice.rows)
+    tiles = tiles_of(choice, m, n)
     if isinstance(choice, Wide):
         return _wide(choice, tiles, blocks, packed)
     cost = TABLE[_kind(choice)]
@@ -179,6 +179,11 @@ def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: 
         megabytes = programs * choice.columns * choice.rows * 8e-6  # float32, stored and read
         time += cost.add + cost.megabyte * megabytes
     return time
+
+
+def tiles_of(choice: Tiled, m: int, n: int) -> int:
+    """How many tiles a result ``[m, n]`` has."""
+    return divided(n, choice.columns) * divided(m, choice.rows)
 
 
 def _wide(choice: Wide, tiles: int, blocks: int, packed: bool) -> float:
@@ -216,12 +221,12 @@ def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
             continue
         kind = replace(kind, rows=min(rows, kind.rows))
         yield kind
-        tiles = divided(n, kind.columns) * divided(m, kind.rows)
+        tiles = tiles_of(kind, m, n)
         for parts in (2, 3, 4, 6, 8):
             if tiles * parts <= 2 * cost.at_once * processors and parts * 2 * kind.along <= blocks:
                 yield replace(kind, parts=parts)
     if m > 128:
-        yield from _wides(divided(n, Wide.columns) * divided(m, Wide.rows), blocks, processors)
+        yield from _wides(tiles_of(Wide(processors), m, n), blocks, processors)
 
 
 def _wides(tiles: int, blocks: int, processors: int) -> Iterator[Wide]:

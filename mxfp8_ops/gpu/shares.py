@@ -76,7 +76,7 @@ def piece_of(n, program, programs, whole, blocks, work):
     tile = program + n * programs
     first = 0
     count = blocks
-    part = 0
+    part = WHOLE
     if n >= rounds:
         later = n - rounds - gl.minimum(beyond, 1)
         tile = begin + later + gl.minimum(skipped, 1)  # the tile in which the share begins comes after the others
@@ -84,12 +84,12 @@ def piece_of(n, program, programs, whole, blocks, work):
             tile = end
             first = gl.where(begin == end, skipped, 0)
             count = beyond - first
-            part = -1
+            part = FIRST
         elif tile >= end:
             tile = begin
             first = skipped
             count = blocks - first
-            part = gl.minimum(first, 1)
+            part = gl.minimum(first, 1)  # LAST, or WHOLE where nothing was skipped
         tile += whole
     return tile, first, count, part
 

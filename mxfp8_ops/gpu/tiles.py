@@ -104,7 +104,7 @@ def store_tile(total, bias, out, M, N, row, column, BOX: gl.constexpr, HAS_BIAS:
     total = _with_bias(total, bias, N, column, HAS_BIAS)
     if BM >= 32:
         tile = gl.convert_layout(gl.permute(total.to(out.dtype.element_ty), (1, 0)), _stored_rows(BN))
-        store_rows(tile, out, M, N, row, column, 0, BOX)
+        _store_rows(tile, out, M, N, row, column, 0, BOX)
     else:
         LAYOUT: gl.constexpr = total.type.layout
         m, stored = rows_of_result(gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :], row, M, BOX)
@@ -122,7 +122,7 @@ def store_quarters(total, bias, out, M, N, row, column, scratch, BOX: gl.constex
     for i in gl.static_range(4):
         quarter = gl.split(gl.permute(gl.reshape(halves[i // 2], [BN, 2, BM // 4]), (0, 2, 1)))[i % 2]
         scratch.store(gl.permute(quarter, (1, 0)))
-        store_rows(scratch.load(_stored_rows(BN)), out, M, N, row, column, BM // 4 * i, BOX)
+        _store_rows(scratch.load(_stored_rows(BN)), out, M, N, row, column, BM // 4 * i, BOX)
 
 
 @gluon.constexpr_function
@@ -140,7 +140,7 @@ def _with_bias(total, bias, N, column, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(rows, out, M, N, row, column, FIRST: gl.constexpr, BOX: gl.constexpr):
+def _store_rows(rows, out, M, N, row, column, FIRST: gl.constexpr, BOX: gl.constexpr):
     """Rows of a tile ``[BM, BN]``, from its row FIRST on, to their places."""
     LAYOUT: gl.constexpr = rows.type.layout
     m = FIRST + gl.arange(0, rows.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]

@@ -125,7 +125,8 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
 def _fast(sources, stages, problem, result, ahead, config: gl.constexpr):
     """All pieces, of blocks of 128 elements, two steps each. A step is decoded one ahead, of whichever piece it is.
     Scales of a canonical weight are loaded a block ahead, from ``places``: right after TMA was told to load, which
-    waits for all loads before.
+    waits for all loads before. Where a piece lies is computed again in its end: kept meanwhile, it would cost registers
+    that the loop needs.
     """
     x_stages = stages[0]
     full = stages[3]

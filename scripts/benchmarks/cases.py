@@ -117,10 +117,13 @@ def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
     """What runs the same code on three tiles: two parts instead of more, and for ``wide`` two programs, which have
     tiles after another then and share one, and nine, of which several store parts of one tile.
     """
-    if isinstance(plan, plans.Wide):
-        yield from (plans.Wide(2), plans.Wide(2, shared=3), plans.Wide(9, shared=3)) if not plan.shared else ()
-    elif isinstance(plan, Direct | plans.Narrow) or plan.parts <= 2:
+    if isinstance(plan, Direct | plans.Narrow):
         yield plan
+    elif isinstance(plan, plans.Skinny):
+        if plan.parts <= 2:
+            yield plan
+    elif not plan.shared:
+        yield from (plans.Wide(2), plans.Wide(2, shared=3), plans.Wide(9, shared=3))
 
 
 Weight: TypeAlias = tuple[Tensor, ...]
