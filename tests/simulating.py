@@ -187,9 +187,11 @@ def _instruction(name: str, args: list[Tensor]) -> Tensor:
     if name == "cvt.rn.f16x2.e4m3x2":
         return args[0][..., None].view(torch.float8_e4m3fn).to(torch.float16).view(torch.int32).squeeze(-1)
     kind = torch.bfloat16 if ".bf16x2" in name else torch.float16
-    if name in ("mul.rn.bf16x2", "mul.rn.f16x2"):
+    if name in ("mul.rn.bf16x2", "mul.rn.f16x2", "add.rn.bf16x2", "set.eq.u32.bf16x2"):
         one, other = (arg.contiguous().view(kind) for arg in args)
-        return (one * other).view(torch.int32)
+        if name.startswith("set"):  # all bits of a half
+            return (-(one == other).to(torch.int16)).view(torch.int32)
+        return (one + other if name.startswith("add") else one * other).view(torch.int32)
     assert name in ("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"), name
     upper, lower = args
     return torch.stack([lower, upper], -1).to(kind).view(torch.int32).squeeze(-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .fragments import float16_in_both_halves, halves
+from .fragments import bytes_in_halves, each_twice, float16_in_both_halves, halves
 from .versions import reinterpret
 
 # Two codes in 16 bits and their scale to two elements in a word, the first in its lower half.
@@ -54,7 +54,8 @@ def canonical_fragment(codes, scales, HALF: gl.constexpr, ROWS: gl.constexpr, MM
     PAIR: gl.constexpr = _any_pairs(ROWS, MMA).type.layout
     pairs = reinterpret(codes, gl.int16, [ROWS, 32], gl.NVMMASharedLayout(64, 16, 2)).load(PAIR)
     if gl.bfloat16 == DTYPE:
-        scale = _of_pairs(_bfloat16_scale(scales, 2 * HALF), _bfloat16_scale(scales, 2 * HALF + 1), pairs)
+        one, other = _bfloat16_scales(bytes_in_halves(scales, 2 * HALF, 2 * HALF + 1))
+        scale = _of_pairs(one, other, pairs)
         words = gl.inline_asm_elementwise(_TO_BFLOAT16, "=r,h,r", [pairs, scale], gl.int32, True, 1)
     else:
         one, other = _float16_scales(scales, 2 * HALF)
@@ -86,20 +87,24 @@ def _of_pairs(first, second, pairs):
 
 
 @gluon.jit
-def _bfloat16_scale(scales, GROUP: gl.constexpr):
-    """One of the four scales in a word, as a bfloat16 in both of its halves: every scale is one, 2**-127 a subnormal
-    one, so that the product of the instruction is exact until it is rounded.
+def _bfloat16_scales(codes):
+    """The scales of two codes, the halves of a word, each as a bfloat16 in both halves of one: every scale is one,
+    2**-127 a subnormal one, so that the product of the instruction is exact until it is rounded.
+
+    A code is the exponent. But 0 and 255 become zero and infinity so, which are what equals twice itself: their highest
+    bit of mantissa is missing.
     """
-    code = (scales >> (8 * GROUP)) & 0xFF
-    bits = gl.where(code == 255, 0x7FC0, gl.where(code == 0, 0x0040, code << 7))
-    return bits * 0x10001
+    both = codes << 7
+    twice = gl.inline_asm_elementwise("add.rn.bf16x2 $0, $1, $1;", "=r,r", [both], gl.int32, True, 1)
+    equal = gl.inline_asm_elementwise("set.eq.u32.bf16x2 $0, $1, $2;", "=r,r,r", [both, twice], gl.int32, True, 1)
+    return each_twice(both | (equal & 0x00400040))
 
 
 @gluon.jit
 def _float16_scales(scales, GROUP: gl.constexpr):
-    """The same as two factors, for float16 has not every power of two. The first is never less than 2**-10, so that
-    the product with it is exact (e4m3 has multiples of 2**-9), or infinite as the whole product is. Both stop where
-    every product has become infinite or zero.
+    """One of the four scales in a word as two factors, for float16 has not every power of two. The first is never less
+    than 2**-10, so that the product with it is exact (e4m3 has multiples of 2**-9), or infinite as the whole product
+    is. Both stop where every product has become infinite or zero.
     """
     code = (scales >> (8 * GROUP)) & 0xFF
     one = gl.minimum(gl.maximum(code, 127 - 10), 127 + 15)

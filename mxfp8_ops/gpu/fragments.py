@@ -134,9 +134,7 @@ def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.cons
     if EXACT:
         return one_scale(scales, FIRST, DTYPE, True), one_scale(scales, SECOND, DTYPE, True)
     else:
-        return fast_scales(
-            gl.inline_asm_elementwise(_to_halves(FIRST, SECOND), "=r,r", [scales], gl.int32, True, 1), DTYPE
-        )
+        return fast_scales(bytes_in_halves(scales, FIRST, SECOND), DTYPE)
 
 
 @gluon.jit
@@ -162,14 +160,25 @@ def fast_scales(codes, DTYPE: gl.constexpr):
         one = (codes * 0x00800000 + 0x04000000).to(gl.float32, bitcast=True)  # the upper code has gone over the top
         other = ((codes >> 16) * 0x00800000 + 0x04000000).to(gl.float32, bitcast=True)
         both = gl.inline_asm_elementwise(_ROUND_FLOAT16, "=r,f,f", [one, other], gl.int32, True, 1)
-    lower = gl.inline_asm_elementwise(_LOWER_TWICE, "=r,r", [both], gl.int32, True, 1)
-    upper = gl.inline_asm_elementwise(_UPPER_TWICE, "=r,r", [both], gl.int32, True, 1)
+    return each_twice(both)
+
+
+@gluon.jit
+def each_twice(word):
+    """The lower half of words in both halves, and the upper half."""
+    lower = gl.inline_asm_elementwise(_LOWER_TWICE, "=r,r", [word], gl.int32, True, 1)
+    upper = gl.inline_asm_elementwise(_UPPER_TWICE, "=r,r", [word], gl.int32, True, 1)
     return lower, upper
+
+
+@gluon.jit
+def bytes_in_halves(word, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    """Two bytes of words by their numbers, each in a half of its own."""
+    return gl.inline_asm_elementwise(_to_halves(FIRST, SECOND), "=r,r", [word], gl.int32, True, 1)
 
 
 @gluon.constexpr_function
 def _to_halves(first, second):
-    """PTX that takes two bytes of a word by their numbers, each to a half of its own."""
     return f"prmt.b32 $0, $1, 0, {0x4040 + second * 0x100 + first};"
 
 

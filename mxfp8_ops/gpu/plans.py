@@ -62,7 +62,9 @@ class Skinny:
 
 @dataclass(frozen=True)
 class Wide:
-    """The kernel in ``wide``: how many programs there are at most, and how many of the last tiles they all share."""
+    """The kernel in ``wide``: how many programs there are at most, and how many of the last tiles they all share: in
+    equal parts if each of them gets the same number of programs.
+    """
 
     programs: int
     shared: int = 0
@@ -130,7 +132,9 @@ WIDE = WideCost(1.37, 1.2, 2.7, 3, 2.7), WideCost(1.42, 1.2, 2, 6, 1.2)
 """For weights that are packed and canonical."""
 
 APART = 1.04
-"""How much longer the blocks of a share take: programs are not in step then, and find less in the cache."""
+"""How much longer the blocks of a share take that is no equal part of a tile: programs are not in step then, and find
+less in the cache.
+"""
 
 FULL = 0.85
 """Of the programs: if more have work in the last round, sharing it gains nothing."""
@@ -192,8 +196,12 @@ def _wide(choice: Wide, tiles: int, blocks: int, packed: bool) -> float:
     time = cost.start + rounds * (blocks * cost.each + cost.tile)
     if choice.shared:
         share = choice.shared / choice.programs  # of a tile
-        time += share * blocks * cost.each * APART + (1 + share) * cost.tile
-        time += cost.share + math.ceil(1 / share) * cost.add
+        parts, rest = divmod(choice.programs, choice.shared)
+        if rest == 0:
+            time += share * blocks * cost.each + cost.tile + (parts - 1) * cost.add
+        else:
+            time += share * blocks * cost.each * APART + (1 + share) * cost.tile + (parts + 1) * cost.add
+        time += cost.share
     return time
 
 
@@ -231,9 +239,13 @@ def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
 
 def _wides(tiles: int, blocks: int, processors: int) -> Iterator[Wide]:
     """Whole tiles alone; and where they leave programs without work in the last round, with so many shared that all
-    have as much to do: all tiles if there is less than one for each, else the last ones, more than one for each.
+    have as much to do: all tiles if there is less than one for each, else the last ones, more than one for each. Few
+    tiles also in as many equal parts as there may be: some processors have no work then, but all others are in step.
     """
     yield Wide(processors)
+    parts = processors // tiles
+    if parts > 1 and SHARE * parts <= blocks:
+        yield Wide(tiles * parts, tiles)
     last = tiles % processors
     shared = tiles if tiles < processors else processors + last
     if 0 < last <= FULL * processors and SHARE * processors <= shared * blocks < 2**31 / processors:
