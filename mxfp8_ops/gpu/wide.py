@@ -1,11 +1,11 @@
 """Linear for many rows of x, for Hopper, in Gluon: as fast as the matrix units can multiply. The weight is packed or
 canonical.
 
-There are as many programs as multiprocessors. The eight warps of one compute a tile of 128 rows of the weight by BM
-rows of x, and then the next one (see ``shares``). They decode a stage of 64 elements of K into registers while the
-matrix unit still works on the stage before; TMA fills the stages ahead of them, those of the next tile, too, before
-this one is stored. There is no warp that only loads: three warpgroups would have to share the registers that two need
-here.
+There are as many programs as multiprocessors. One computes a tile of 128 rows of the weight by BM rows of x, and then
+the next one (see ``shares``). One warp only loads: TMA brings stages of 64 elements of K to shared memory, those of the
+next tile, too, before this one is stored. Eight warps decode a stage into registers while the matrix unit still works
+on the stage before. They have nearly all registers of the multiprocessor, and nothing else to do: instructions of
+theirs slow down the matrix instruction, whose sums are in registers as well.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .ahead import cursor, load, next_block, next_block_or, piece
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .shares import FIRST, LAST, add_sums, pieces_of, say_stored, store_sums, when_to_say, work_of
-from .tiles import advance, store_quarters, wait_for_kernel_before
-from .versions import barrier
+from .shares import FIRST, LAST, add_sums, piece_of, pieces_of, say_stored, store_sums, when_to_say, work_of
+from .tiles import advance, load_rows, place_of_tile, store_quarters, wait_for_kernel_before
+from .versions import barrier, load_box
+
+LOADER_REGISTERS = gl.constexpr(24)
+"""Of a lane; 240 are left for each lane of the others."""
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "whole", "stored"])
@@ -45,7 +47,7 @@ def mxfp8_linear_wide(
     stored,  # what programs write to say that sums are stored
     PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
-    STAGES: gl.constexpr,  # an odd number: those ahead are whole blocks
+    STAGES: gl.constexpr,
     BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
@@ -58,28 +60,83 @@ def mxfp8_linear_wide(
         scale_stages = element_stages
     scratch = gl.allocate_shared_memory(out.dtype.element_ty, [BM // 4, 128], gl.NVMMASharedLayout(128, 16, 2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    barrier()
     wait_for_kernel_before()
 
-    blocks = (K + 127) // 128
-    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, blocks)
-    sources = (x, elements, scales)
-    stages = (x_stages, element_stages, scale_stages, full)
-    problem = (M, N, blocks, tiles, whole, work, pieces_of(work))
+    stages = (x_stages, element_stages, scale_stages, full, empty)
+    problem = (M, N, K, tiles, whole)
     result = (bias, out, sums, stored.to(gl.int64), scratch)
     config: gl.constexpr = (PACKED, BM, STAGES, BOX, HAS_BIAS)
-    ahead = cursor(0, problem, config)
-    for i in gl.static_range(0, STAGES - 1, 2):
-        load(sources, stages, problem, ahead, i, 0, config)
-        load(sources, stages, problem, ahead, i + 1, 1, config)
-        ahead = next_block(ahead, problem, config)
-    if PACKED and needs_exact(packed, N, K, x.dtype):
-        _exact(sources, stages, problem, result, ahead, config)
+    gl.warp_specialize(
+        [
+            (_consume, (stages, packed, scales, problem, result, config)),
+            (_load, (x, elements, scales, stages, problem, config)),
+        ],
+        [1],
+        [LOADER_REGISTERS],
+    )
+
+
+@gluon.jit
+def _work(problem):
+    """What this program has to do, and how many pieces that is."""
+    _, _, K, tiles, whole = problem
+    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, (K + 127) // 128)
+    return work, pieces_of(work)
+
+
+@gluon.jit
+def _piece(n, work, problem, config: gl.constexpr):
+    """The n-th piece of it: the first row and column of its tile, from which block of 128 elements of K on, how many,
+    and whether it is FIRST, WHOLE or LAST. Some piece if there are not as many.
+    """
+    M, N, K, tiles, whole = problem
+    tile, first, count, part = piece_of(n, gl.program_id(0), gl.num_programs(0), whole, (K + 127) // 128, work)
+    row, column = place_of_tile(gl.minimum(tile, tiles - 1), M, N, config[1], 128)
+    return row, column, first, count, part
+
+
+@gluon.jit
+def _load(x, elements, scales, stages, problem, config: gl.constexpr):
+    """The one warp that loads: fills a stage as soon as it was left."""
+    x_stages, element_stages, scale_stages, full, empty = stages
+    M, _, K, _, _ = problem
+    PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
+    STAGES: gl.constexpr = config[2]
+    BOX: gl.constexpr = config[3]
+    work, pieces = _work(problem)
+    stage = 0
+    phase = 1
+    for n in range(pieces):
+        row, column, first, count, _ = _piece(n, work, problem, config)
+        for step in range(first * 2, (first + count) * 2):
+            mbarrier.wait(empty.index(stage), phase)
+            ready = full.index(stage)
+            mbarrier.expect(ready, 128 * 64 + 128 * 4 * (PACKED > 0) + BM * 64 * 2)
+            if PACKED:
+                block = (column // 128 * ((K + 127) // 128) + step // 2) * 132
+                at = [block + step % 2 * 64, 0]
+                load_box(scales, [block + 128, 0], ready, scale_stages.index(stage))
+            else:
+                at = [column, step * 16]
+            load_box(elements, at, ready, element_stages.index(stage))
+            load_rows(x, row, M, step * 64, ready, x_stages.index(stage), BOX)
+            stage, phase = advance(stage, phase, 1, STAGES)
+
+
+@gluon.jit
+def _consume(stages, packed, scales, problem, result, config: gl.constexpr):
+    """The warps that multiply."""
+    _, N, K, _, _ = problem
+    if config[0] and needs_exact(packed, N, K, stages[0].dtype):
+        _exact(stages, problem, result, config)
     else:
-        _fast(sources, stages, problem, result, ahead, config)
+        _fast(stages, scales, problem, result, config)
 
 
 @gluon.constexpr_function
@@ -88,11 +145,11 @@ def _mma(rows):
 
 
 @gluon.jit
-def _finish(n, total, problem, result, config: gl.constexpr):
+def _finish(n, total, work, problem, result, config: gl.constexpr):
     """Stores what the n-th piece has come to: sums for others, or its tile of the result."""
-    M, N, blocks, tiles, whole, work, _ = problem
+    M, N, K, tiles, whole = problem
     bias, out, sums, stored, scratch = result
-    row, column, _, _, part = piece(n, problem, config[1])
+    row, column, _, _, part = _piece(n, work, problem, config)
     BM: gl.constexpr = config[1]
     program = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -103,14 +160,14 @@ def _finish(n, total, problem, result, config: gl.constexpr):
         say_stored(sums, stored, program, programs, 128 * BM)
     if part != FIRST:
         if part == LAST:
-            total = add_sums(total, sums, stored, program, programs, tiles - whole, blocks, work)
+            total = add_sums(total, sums, stored, program, programs, tiles - whole, (K + 127) // 128, work)
         store_quarters(total, bias, out, M, N, row, column, scratch, config[3], config[4])
 
 
 @gluon.jit
 def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
     """A stage's elements, the half (0 or 1) of a block, as an operand. ``scales`` are those of a canonical weight."""
-    x_stages, element_stages, scale_stages, _ = stages
+    x_stages, element_stages, scale_stages, _, _ = stages
     PACKED: gl.constexpr = config[0]
     MMA: gl.constexpr = _mma(config[1])
     if PACKED:
@@ -122,87 +179,81 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
 
 
 @gluon.jit
-def _fast(sources, stages, problem, result, ahead, config: gl.constexpr):
-    """All pieces, of blocks of 128 elements, two steps each. A step is decoded one ahead, of whichever piece it is.
-    Scales of a canonical weight are loaded a block ahead, from ``places``: right after TMA was told to load, which
-    waits for all loads before. Where a piece lies is computed again in its end: kept meanwhile, it would cost registers
-    that the loop needs.
+def _fast(stages, scales, problem, result, config: gl.constexpr):
+    """All pieces, of blocks of 128 elements, two steps each. A step is decoded one ahead, of whichever piece it is, and
+    so are scales of a canonical weight loaded from their ``places``, a block ahead.
     """
-    x_stages = stages[0]
-    full = stages[3]
+    x_stages, _, _, full, empty = stages
     PACKED: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[2]
     MMA: gl.constexpr = _mma(config[1])
+    work, pieces = _work(problem)
     places = 0
-    scales = 0
+    codes = 0
     if not PACKED:
-        places = _scale_places(0, sources, problem, MMA)
-        scales = gl.load(places)
+        places = _scale_places(0, scales, work, problem, config)
+        codes = gl.load(places)
     stage = 0
     phase = 0
-    free = STAGES - 1
-    pieces = problem[6]
+    before = 0
     mbarrier.wait(full.index(0), 0)
-    weight = _decode(stages, scales, 0, 0, config)
+    weight = _decode(stages, codes, 0, 0, config)
     for n in range(pieces):
-        then = cursor(ahead[0] + 1, problem, config)
         places_then = places
         if not PACKED:
-            places_then = _scale_places(n + 1, sources, problem, MMA)
-        blocks = piece(n, problem, config[1])[3]
+            places_then = _scale_places(n + 1, scales, work, problem, config)
+        blocks = _piece(n, work, problem, config)[3]
         total = gl.zeros([128, config[1]], gl.float32, MMA)
         for block in range(blocks):
             total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
-            barrier()
-            load(sources, stages, problem, ahead, free, 0, config)
-            next_scales = scales
+            mbarrier.arrive(empty.index(before), pred=block > 0)
+            next_codes = codes
             if not PACKED:
                 places = gl.where(block == blocks - 1, places_then, places + 1)
-                next_scales = gl.load(places)
-            free = stage
+                next_codes = gl.load(places)
+            before = stage
             stage, phase = advance(stage, phase, 1, STAGES)
             mbarrier.wait(full.index(stage), phase)
-            weight = _decode(stages, scales, stage, 1, config)
+            weight = _decode(stages, codes, stage, 1, config)
             total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
-            barrier()
-            load(sources, stages, problem, ahead, free, 1, config)
-            ahead = next_block_or(ahead, then, PACKED)
-            free = stage
+            mbarrier.arrive(empty.index(before))
+            before = stage
             stage, phase = advance(stage, phase, 1, STAGES)
-            scales = next_scales
+            codes = next_codes
             mbarrier.wait(full.index(stage), phase, pred=(block < blocks - 1) | (n < pieces - 1))
-            weight = _decode(stages, scales, stage, 0, config)
+            weight = _decode(stages, codes, stage, 0, config)
         total = warpgroup_mma_wait(0, deps=[total])
-        _finish(n, total, problem, result, config)
+        mbarrier.arrive(empty.index(before))
+        _finish(n, total, work, problem, result, config)
 
 
 @gluon.jit
-def _scale_places(n, sources, problem, MMA: gl.constexpr):
+def _scale_places(n, scales, work, problem, config: gl.constexpr):
     """Where the n-th piece's scales begin, of a canonical weight."""
-    _, N, blocks, _, _, _, _ = problem
-    _, column, first, _, _ = piece(n, problem, MMA.instr_shape[1])
-    return scale_places(sources[2], column, N, blocks * 128, 128, MMA) + first
+    _, N, K, _, _ = problem
+    _, column, first, _, _ = _piece(n, work, problem, config)
+    return scale_places(scales, column, N, K, 128, _mma(config[1])) + first
 
 
 @gluon.jit
-def _exact(sources, stages, problem, result, ahead, config: gl.constexpr):
+def _exact(stages, problem, result, config: gl.constexpr):
     """The same with exact decoding, for packed weights with special codes: rare, so it may take longer. One step after
     the other, on the older matrix instruction: the compiler serializes all of the newer one where two loops use it.
     """
-    x_stages, element_stages, scale_stages, full = stages
+    x_stages, element_stages, scale_stages, full, empty = stages
     DTYPE: gl.constexpr = x_stages.dtype
     PACKED: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[2]
     MMA: gl.constexpr = _mma(config[1])
     OLDER: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8])
+    work, pieces = _work(problem)
     stage = 0
     phase = 0
-    load(sources, stages, problem, ahead, STAGES - 1, 0, config)
-    for n in range(problem[6]):
+    for n in range(pieces):
         total = gl.zeros([128, config[1]], gl.float32, OLDER)
-        for _ in range(piece(n, problem, config[1])[3]):
+        for _ in range(_piece(n, work, problem, config)[3]):
             for half in gl.static_range(2):
                 mbarrier.wait(full.index(stage), phase)
                 weight = weight_fragment(
@@ -211,10 +262,7 @@ def _exact(sources, stages, problem, result, ahead, config: gl.constexpr):
                 weight = gl.convert_layout(weight, gl.DotOperandLayout(0, OLDER, 2), assert_trivial=True)
                 rows = x_stages.index(stage).permute((1, 0)).load(gl.DotOperandLayout(1, OLDER, 2))
                 total = mma_v2(weight, rows, total)
-                barrier()
-                load(sources, stages, problem, ahead, stage, 1 - half, config)
-                if half == 0:
-                    ahead = next_block(ahead, problem, config)
+                mbarrier.arrive(empty.index(stage))
                 stage, phase = advance(stage, phase, 1, STAGES)
         total = gl.convert_layout(total, MMA, assert_trivial=True)
-        _finish(n, total, problem, result, config)
+        _finish(n, total, work, problem, result, config)
