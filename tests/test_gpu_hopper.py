@@ -208,8 +208,8 @@ def test_a_strided_bias_reaches_the_kernels_in_order(hopper: torch.device, monke
         (8, 256, "mma"),
         (9, 256, "hopper"),
         (64, 256, "hopper"),
-        (3072, 256, "hopper"),
-        (3073, 256, None),
+        (6144, 256, "hopper"),
+        (6145, 256, None),
         (9, 288, "mma"),
         (64, 288, "mma"),
         (65, 288, None),
@@ -266,13 +266,13 @@ def test_two_rows_meet_tensor_cores_where_outputs_fill_the_chip(
     assert called == [name]
 
 
-@pytest.mark.parametrize(("m", "k", "fused"), [(63, 32, True), (64, 32, False), (64, 96, False), (64, 128, True)])
-def test_packed_weights_are_dequantized_first_for_many_rows_and_short_k(
-    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, k: int, fused: bool
+@pytest.mark.parametrize(("m", "k"), [(64, 32), (65, 32), (300, 128)])
+def test_packed_weights_reach_the_kernels_with_any_number_of_rows(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, k: int
 ) -> None:
+    """With more than those from which on canonical weights are dequantized first, too."""
     called = []
-    monkeypatch.setattr(dispatch, "_MANY_ROWS", 64)
-    monkeypatch.setattr(dispatch, "_SHORT_K", 96)
+    monkeypatch.setattr(dispatch, "_MOST_ROWS", 64)
 
     def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
         called.append(len(x))
@@ -283,7 +283,7 @@ def test_packed_weights_are_dequantized_first_for_many_rows_and_short_k(
     assert_same(
         dispatch.linear_packed(x, packing.pack(weight, scale), 3, bias), reference.linear(x, weight, scale, bias)
     )
-    assert called == [m] * fused
+    assert called == [m]
 
 
 @pytest.mark.parametrize("word", [None, "0", "1"])

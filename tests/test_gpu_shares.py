@@ -155,8 +155,9 @@ def test_what_is_launched_is_what_plans_say(processors: int) -> None:
                         (launch,) = launches(plan, m, n, k)
                         named, tiles = launch.named, tiles_of(plan, m, n)
                         assert (named["tiles"], named["whole"]) == (tiles, tiles - plan.shared)
-                        assert launch.grid == (processors if plan.shared else min(processors, tiles),)
+                        assert launch.grid == (plan.programs if plan.shared else min(processors, tiles),)
+                        assert plan.programs <= processors
                         if plan.shared:
                             size = plan.rows * plan.columns
-                            assert named["sums"].numel() * 4 == processors * (4 * size + 8)
+                            assert named["sums"].numel() * 4 == plan.programs * (4 * size + 8)
                             assert math.ceil(k / 128) >= 2 * LEAST

@@ -46,9 +46,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
 
 _HOPPER_ROWS = 9  # from here on, the kernels for Hopper's tensor cores are the fastest
 _MMA_ROWS = 64
-_MOST_ROWS = 3072  # beyond, it hardly matters how long it takes to dequantize a weight once
-_MANY_ROWS = 6144  # and from here on not for packed weights either,
-_SHORT_K = 2048  # if tiles are computed so fast that starting and storing them takes longer
+_MOST_ROWS = 6144  # beyond, it hardly matters how long it takes to dequantize a canonical weight once
 
 
 def _one_byte_weight(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -85,7 +83,7 @@ def _in_gluon(
 
 def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
     """``linear`` on a packed weight. Where there are no kernels for it, the weight is dequantized as a whole first: for
-    float32, on chips that are not Hopper's, and where that is faster.
+    float32, and on chips that are not Hopper's.
     """
     k = x.shape[-1]
     rows = x.numel() // k
@@ -95,7 +93,7 @@ def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Ten
     bias = None if bias is None else bias.contiguous()
     with _on(x.device):
         kernels = _hopper_kernels(x.device) if x.dtype != torch.float32 and packed.numel() < 2**31 else None
-        if kernels is not None and not (rows >= _MANY_ROWS and k <= _SHORT_K):
+        if kernels is not None:
             out = _or_none(kernels.linear_packed, _aligned(x.reshape(rows, k)), packed, n, bias)
             if out is not None:
                 return out.view(*x.shape[:-1], n)

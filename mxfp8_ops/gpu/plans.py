@@ -5,9 +5,9 @@ multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors),
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
 - From 17 to 2048 rows of x to some 2800 times of 20 shapes, 1024x4096 to 28672x8192; ``wide``, which was changed
-  since, to some 2000 times of 26 shapes from 192 rows on, brought to the same scale. There its choice, of plans of
-  ``wide`` and the two best others, took 1.001 times as long as the fastest on average, 1.06 times at worst; for
-  quarters of the shapes without which it was fitted 1.002 times.
+  since, to 264 times of 18 shapes, 1024x4096 to 8192x28672, from 192 to 8192 rows. There its choice, of plans of
+  ``wide`` and the best other one, took 1.001 times as long as the fastest on average, 1.06 times at worst; for quarters
+  of the shapes without which it was fitted 1.001 times on average, 1.06 at worst.
 - From 5 to 16 rows to some 3500 times of 44 shapes, 512x4096 to 151936x2048: 1.003 times on average, 1.06 at worst. For
   quarters of the shapes without which it was fitted 1.01 times. These are of another card, and brought to the scale of
   the others: a seventeenth row never saves time.
@@ -128,10 +128,10 @@ class WideCost:
     add: float
 
 
-WIDE = WideCost(1.37, 1.2, 2.7, 3, 2.7), WideCost(1.42, 1.2, 2, 6, 1.2)
+WIDE = WideCost(1.35, 2, 2.75, 5.75, 1.5), WideCost(1.4, 2, 2.9, 3.85, 1.5)
 """For weights that are packed and canonical."""
 
-APART = 1.04
+APART = 1.02
 """How much longer the blocks of a share take that is no equal part of a tile: programs are not in step then, and find
 less in the cache.
 """
@@ -248,7 +248,8 @@ def _wides(tiles: int, blocks: int, processors: int) -> Iterator[Wide]:
         yield Wide(tiles * parts, tiles)
     last = tiles % processors
     shared = tiles if tiles < processors else processors + last
-    if 0 < last <= FULL * processors and SHARE * processors <= shared * blocks < 2**31 / processors:
+    uneven = 0 < last <= FULL * processors and processors % shared > 0
+    if uneven and SHARE * processors <= shared * blocks < 2**31 / processors:
         yield Wide(processors, shared)
 
 

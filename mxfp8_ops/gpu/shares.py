@@ -24,7 +24,7 @@ WHOLE = gl.constexpr(0)
 LAST = gl.constexpr(1)
 
 LEAST = gl.constexpr(3)
-"""Blocks of a part, at least: loading is less than that ahead, so that it never has to skip a piece."""
+"""Blocks of a part, at least: others would not be worth storing and adding sums for."""
 
 STORED = secrets.randbits(62) | 1 << 62
 """What a program writes to say that its sums are there, and who reads it takes away again. The word is not cleared
