@@ -22,6 +22,7 @@ from mxfp8_ops.gpu import shares
 from mxfp8_ops.gpu.plans import SHARE, Wide, candidates
 
 LEAST: int = shares.LEAST.value
+STORING: int = shares.STORING.value
 FIRST, WHOLE, LAST = shares.FIRST.value, shares.WHOLE.value, shares.LAST.value
 
 
@@ -30,7 +31,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions of ``shares`` in Python."""
     gluon = SimpleNamespace(minimum=min, where=lambda condition, one, other: one if condition else other)
     monkeypatch.setattr(shares, "gl", gluon)
-    for name, value in {"LEAST": LEAST, "FIRST": FIRST, "WHOLE": WHOLE, "LAST": LAST}.items():
+    for name, value in {"LEAST": LEAST, "STORING": STORING, "FIRST": FIRST, "WHOLE": WHOLE, "LAST": LAST}.items():
         monkeypatch.setattr(shares, name, value)
     monkeypatch.setattr(shares, "share_begins", shares.share_begins.fn)
     monkeypatch.setattr(shares, "pieces_of", shares.pieces_of.fn)

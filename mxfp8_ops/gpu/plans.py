@@ -118,7 +118,7 @@ TABLE: dict[Skinny, Cost] = {
 class WideCost:
     """Microseconds that ``wide`` takes: ``each`` for a block of 128 elements of K, ``tile`` more for each piece of a
     program, ``start`` at the beginning and in the end. Where tiles are shared ``share`` more, and ``add`` whenever sums
-    are added.
+    are added; in equal parts, ``part`` for each but one.
     """
 
     each: float
@@ -126,9 +126,10 @@ class WideCost:
     start: float
     share: float
     add: float
+    part: float
 
 
-WIDE = WideCost(1.35, 2, 2.75, 5.75, 1.5), WideCost(1.4, 2, 2.9, 3.85, 1.5)
+WIDE = WideCost(1.35, 2, 2.75, 5.75, 1.5, 4.5), WideCost(1.4, 2, 2.9, 3.85, 1.5, 3.1)
 """For weights that are packed and canonical."""
 
 APART = 1.02
@@ -198,10 +199,9 @@ def _wide(choice: Wide, tiles: int, blocks: int, packed: bool) -> float:
         share = choice.shared / choice.programs  # of a tile
         parts, rest = divmod(choice.programs, choice.shared)
         if rest == 0:
-            time += share * blocks * cost.each + cost.tile + (parts - 1) * cost.add
+            time += share * blocks * cost.each + cost.tile + (parts - 1) * cost.part
         else:
-            time += share * blocks * cost.each * APART + (1 + share) * cost.tile + (parts + 1) * cost.add
-        time += cost.share
+            time += share * blocks * cost.each * APART + (1 + share) * cost.tile + cost.share + (parts + 1) * cost.add
     return time
 
 

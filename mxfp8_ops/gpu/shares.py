@@ -26,6 +26,9 @@ LAST = gl.constexpr(1)
 LEAST = gl.constexpr(3)
 """Blocks of a part, at least: others would not be worth storing and adding sums for."""
 
+STORING = gl.constexpr(2)
+"""Blocks that take as long as to store sums and to find that they are there."""
+
 STORED = secrets.randbits(62) | 1 << 62
 """What a program writes to say that its sums are there, and who reads it takes away again. The word is not cleared
 before, which would take another launch: memory that holds this number of 62 random bits by chance is not to be feared,
@@ -40,8 +43,15 @@ def memory(programs: int, size: int, device: torch.device) -> Tensor:
 
 @gluon.jit
 def share_begins(program, programs, shared, blocks):
-    """Where the share of a program begins in a row of ``shared`` tiles of ``blocks`` each."""
+    """Where the share of a program begins in a row of ``shared`` tiles of ``blocks`` each.
+
+    Where every tile has as many programs, they begin it at the same time. The last one is given more to do, by what the
+    others take to store their sums: it would wait for them.
+    """
     begin = program * (shared * blocks) // programs
+    parts = programs // shared
+    if (parts > 1) & (parts * shared == programs):
+        begin = program // parts * blocks + program % parts * (blocks - STORING) // parts
     within = begin % blocks
     if within < LEAST:
         begin -= within
