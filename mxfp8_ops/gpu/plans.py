@@ -16,7 +16,6 @@ first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
