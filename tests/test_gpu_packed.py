@@ -217,7 +217,7 @@ def test_float32_and_the_switch_do_without_the_kernels(
 
 @HOPPER
 def test_canonical_weights_of_other_lengths_and_for_many_rows_do_without_the_kernels(calls: list[int]) -> None:
-    for m, k, used in ((16, 384, True), (3072, 128, True), (3073, 128, False), (16, 96, False), (200, 4128, False)):
+    for m, k, used in ((16, 384, True), (6144, 128, True), (6145, 128, False), (16, 96, False), (200, 4128, False)):
         x, weight, scale, bias = exact_linear_inputs(m, 300, k, torch.bfloat16)
         calls.clear()
         actual = linear(x.cuda(), put(weight, scale, False, torch.bfloat16), 300, bias.cuda())

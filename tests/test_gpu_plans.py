@@ -122,7 +122,9 @@ def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
 
 @FORM
 def test_the_model_counts_what_programs_share(packed: bool) -> None:
-    """By hand: rounds of whole tiles, a share with two other pieces, and sums that are added from other programs."""
+    """By hand: rounds of whole tiles, a share with two other pieces, sums that are added from other programs, and equal
+    parts.
+    """
     cost = plans.WIDE[not packed]
     whole = cost.start + 3 * (32 * cost.each + cost.tile)
     assert microseconds(Wide(100), 256, 250 * 128, 4096, 100, packed) == pytest.approx(whole, rel=1e-12)
@@ -131,6 +133,8 @@ def test_the_model_counts_what_programs_share(packed: bool) -> None:
     assert microseconds(Wide(100, 150), 256, 250 * 128, 4096, 100, packed) == pytest.approx(shared, rel=1e-12)
     alone = cost.start + 0.4 * 32 * cost.each * plans.APART + 1.4 * cost.tile + cost.share + 3 * cost.add
     assert microseconds(Wide(100, 40), 256, 40 * 128, 4096, 100, packed) == pytest.approx(alone, rel=1e-12)
+    equal = cost.start + 32 / 4 * cost.each + cost.tile + 3 * cost.part
+    assert microseconds(Wide(100, 25), 256, 25 * 128, 4096, 100, packed) == pytest.approx(equal, rel=1e-12)
 
 
 @pytest.fixture

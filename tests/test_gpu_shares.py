@@ -100,6 +100,19 @@ def test_a_share_is_as_much_as_any_other_but_for_what_makes_parts_long_enough() 
                 assert abs(blocks - rounds * work.blocks - even) < 2 * LEAST, work
 
 
+def test_the_last_of_equal_parts_is_longer_by_what_the_others_take_to_store_theirs() -> None:
+    for parts, blocks in itertools.product((2, 3, 4, 8), (32, 33, 64, 112)):
+        for tiles in (1, 5, 16):
+            counts = defaultdict(list)
+            for piece in Work(parts * tiles, tiles, 0, blocks).pieces():
+                counts[piece.tile].append(piece.count)
+            assert len(counts) == tiles
+            for found in counts.values():
+                assert len(found) == parts
+                assert max(found[:-1]) - min(found[:-1]) <= 1
+                assert 1 <= found[-1] - max(found[:-1]) <= STORING + 1
+
+
 def test_whoever_ends_a_tile_adds_what_was_stored_for_it_and_nothing_else() -> None:
     for work in some():
         stored = defaultdict(list)
