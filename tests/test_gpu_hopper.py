@@ -22,10 +22,11 @@ from torch import Tensor
 import mxfp8_ops
 from mxfp8_ops import packing, reference
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from compiling import (  # noqa: E402
+import triton
+from compiling import (
     SHARED,
     Compiled,
     check_fits,
@@ -38,10 +39,10 @@ from compiling import (  # noqa: E402
     one_tile,
     tiled_kernels,
 )
-from simulating import DTYPE, DTYPES  # noqa: E402
+from simulating import DTYPE, DTYPES
 
-from mxfp8_ops.gpu import dispatch, plans  # noqa: E402
-from mxfp8_ops.gpu.counts import REGISTERS  # noqa: E402
+from mxfp8_ops.gpu import dispatch, plans
+from mxfp8_ops.gpu.counts import REGISTERS
 
 
 @DTYPE

@@ -21,10 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .tiles import advance, load_rows, part_of_tile, place_of_tile, store_part, store_tile, wait_for_kernel_before
+from .tiles import (
+    LOADER_REGISTERS,
+    advance,
+    load_rows,
+    part_of_tile,
+    place_of_tile,
+    store_part,
+    store_tile,
+    wait_for_kernel_before,
+)
 from .versions import barrier, load_box
-
-LOADER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit(do_not_specialize=["M", "parts"])

@@ -18,6 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .versions import load_box
 
+LOADER_REGISTERS = gl.constexpr(24)
+"""Of a lane of the warp that only loads."""
+
 GROUP = gl.constexpr(4)
 """Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
 

@@ -4,8 +4,8 @@ canonical.
 There are as many programs as multiprocessors. One computes a tile of 128 rows of the weight by BM rows of x, and then
 the next one (see ``shares``). One warp only loads: TMA brings stages of 64 elements of K to shared memory, those of the
 next tile, too, before this one is stored. Eight warps decode a stage into registers while the matrix unit still works
-on the stage before. They have nearly all registers of the multiprocessor, and nothing else to do: instructions of
-theirs slow down the matrix instruction, whose sums are in registers as well.
+on the stage before. They have nearly all registers of the multiprocessor, 240 for a lane, and nothing else to do:
+instructions of theirs slow down the matrix instruction, whose sums are in registers as well.
 """
 
 from __future__ import annotations
@@ -23,11 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
 from .shares import FIRST, LAST, add_sums, piece_of, pieces_of, say_stored, store_sums, when_to_say, work_of
-from .tiles import advance, load_rows, place_of_tile, store_quarters, wait_for_kernel_before
+from .tiles import LOADER_REGISTERS, advance, load_rows, place_of_tile, store_quarters, wait_for_kernel_before
 from .versions import barrier, load_box
-
-LOADER_REGISTERS = gl.constexpr(24)
-"""Of a lane; 240 are left for each lane of the others."""
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "whole", "stored"])
@@ -68,7 +65,7 @@ def mxfp8_linear_wide(
     wait_for_kernel_before()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
-    problem = (M, N, K, tiles, whole)
+    problem = (M, N, (K + 127) // 128, tiles, whole)
     result = (bias, out, sums, stored.to(gl.int64), scratch)
     config: gl.constexpr = (PACKED, BM, STAGES, BOX, HAS_BIAS)
     gl.warp_specialize(
@@ -84,8 +81,8 @@ def mxfp8_linear_wide(
 @gluon.jit
 def _work(problem):
     """What this program has to do, and how many pieces that is."""
-    _, _, K, tiles, whole = problem
-    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, (K + 127) // 128)
+    _, _, blocks, tiles, whole = problem
+    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, blocks)
     return work, pieces_of(work)
 
 
@@ -94,8 +91,8 @@ def _piece(n, work, problem, config: gl.constexpr):
     """The n-th piece of it: the first row and column of its tile, from which block of 128 elements of K on, how many,
     and whether it is FIRST, WHOLE or LAST. Some piece if there are not as many.
     """
-    M, N, K, tiles, whole = problem
-    tile, first, count, part = piece_of(n, gl.program_id(0), gl.num_programs(0), whole, (K + 127) // 128, work)
+    M, N, blocks, tiles, whole = problem
+    tile, first, count, part = piece_of(n, gl.program_id(0), gl.num_programs(0), whole, blocks, work)
     row, column = place_of_tile(gl.minimum(tile, tiles - 1), M, N, config[1], 128)
     return row, column, first, count, part
 
@@ -104,7 +101,7 @@ def _piece(n, work, problem, config: gl.constexpr):
 def _load(x, elements, scales, stages, problem, config: gl.constexpr):
     """The one warp that loads: fills a stage as soon as it was left."""
     x_stages, element_stages, scale_stages, full, empty = stages
-    M, _, K, _, _ = problem
+    M, _, blocks, _, _ = problem
     PACKED: gl.constexpr = config[0]
     BM: gl.constexpr = config[1]
     STAGES: gl.constexpr = config[2]
@@ -119,7 +116,7 @@ def _load(x, elements, scales, stages, problem, config: gl.constexpr):
             ready = full.index(stage)
             mbarrier.expect(ready, 128 * 64 + 128 * 4 * (PACKED > 0) + BM * 64 * 2)
             if PACKED:
-                block = (column // 128 * ((K + 127) // 128) + step // 2) * 132
+                block = (column // 128 * blocks + step // 2) * 132
                 at = [block + step % 2 * 64, 0]
                 load_box(scales, [block + 128, 0], ready, scale_stages.index(stage))
             else:
@@ -132,8 +129,8 @@ def _load(x, elements, scales, stages, problem, config: gl.constexpr):
 @gluon.jit
 def _consume(stages, packed, scales, problem, result, config: gl.constexpr):
     """The warps that multiply."""
-    _, N, K, _, _ = problem
-    if config[0] and needs_exact(packed, N, K, stages[0].dtype):
+    _, N, blocks, _, _ = problem
+    if config[0] and needs_exact(packed, N, blocks * 128, stages[0].dtype):
         _exact(stages, problem, result, config)
     else:
         _fast(stages, scales, problem, result, config)
@@ -147,7 +144,7 @@ def _mma(rows):
 @gluon.jit
 def _finish(n, total, work, problem, result, config: gl.constexpr):
     """Stores what the n-th piece has come to: sums for others, or its tile of the result."""
-    M, N, K, tiles, whole = problem
+    M, N, blocks, tiles, whole = problem
     bias, out, sums, stored, scratch = result
     row, column, _, _, part = _piece(n, work, problem, config)
     BM: gl.constexpr = config[1]
@@ -160,7 +157,7 @@ def _finish(n, total, work, problem, result, config: gl.constexpr):
         say_stored(sums, stored, program, programs, 128 * BM)
     if part != FIRST:
         if part == LAST:
-            total = add_sums(total, sums, stored, program, programs, tiles - whole, (K + 127) // 128, work)
+            total = add_sums(total, sums, stored, program, programs, tiles - whole, blocks, work)
         store_quarters(total, bias, out, M, N, row, column, scratch, config[3], config[4])
 
 
@@ -232,9 +229,9 @@ def _fast(stages, scales, problem, result, config: gl.constexpr):
 @gluon.jit
 def _scale_places(n, scales, work, problem, config: gl.constexpr):
     """Where the n-th piece's scales begin, of a canonical weight."""
-    _, N, K, _, _ = problem
+    _, N, blocks, _, _ = problem
     _, column, first, _, _ = _piece(n, work, problem, config)
-    return scale_places(scales, column, N, K, 128, _mma(config[1])) + first
+    return scale_places(scales, column, N, blocks * 128, 128, _mma(config[1])) + first
 
 
 @gluon.jit
