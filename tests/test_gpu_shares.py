@@ -78,14 +78,42 @@ def some() -> Iterator[Work]:
                         yield Work(programs, whole + shared, whole, blocks)
 
 
+def short() -> Iterator[Work]:
+    """Shares that are shorter than those of plans, with which the sanitizer's cases run."""
+    for programs, blocks in itertools.product((2, 8, 9), (8, 9)):
+        for shared in range(1, 2 * programs):
+            if programs < shared * blocks < SHARE * programs:
+                yield Work(programs, shared, 0, blocks)
+
+
 def test_programs_compute_every_block_of_every_tile_once() -> None:
     for work in some():
-        done: Counter[tuple[int, int]] = Counter()
-        for piece in work.pieces():
-            assert piece.count >= min(LEAST, work.blocks)
-            done.update((piece.tile, block) for block in range(piece.first, piece.first + piece.count))
-        assert set(done.values()) == {1}, work
-        assert set(done) == {(tile, block) for tile in range(work.tiles) for block in range(work.blocks)}, work
+        check_blocks(work)
+        assert all(piece.count >= min(LEAST, work.blocks) for piece in work.pieces())
+
+
+def check_blocks(work: Work) -> None:
+    done: Counter[tuple[int, int]] = Counter()
+    for piece in work.pieces():
+        done.update((piece.tile, block) for block in range(piece.first, piece.first + piece.count))
+    assert set(done.values()) == {1}, work
+    assert set(done) == {(tile, block) for tile in range(work.tiles) for block in range(work.blocks)}, work
+
+
+def test_shares_may_be_so_short_that_some_programs_have_nothing_to_do() -> None:
+    idle = 0
+    for work in short():
+        check_blocks(work)
+        check_sums(work)
+        assert all(piece.count >= 1 for piece in work.pieces())
+        idle += work.programs - len({piece.program for piece in work.pieces()})
+    assert idle > 0
+
+
+def test_every_program_has_something_to_do_if_shares_are_as_long_as_those_of_plans() -> None:
+    for work in some():
+        if work.whole < work.tiles and (work.tiles - work.whole) * work.blocks >= SHARE * work.programs:
+            assert {piece.program for piece in work.pieces()} == set(range(work.programs)), work
 
 
 def test_a_share_is_as_much_as_any_other_but_for_what_makes_parts_long_enough() -> None:
@@ -115,17 +143,21 @@ def test_the_last_of_equal_parts_is_longer_by_what_the_others_take_to_store_thei
 
 def test_whoever_ends_a_tile_adds_what_was_stored_for_it_and_nothing_else() -> None:
     for work in some():
-        stored = defaultdict(list)
-        for piece in work.pieces():
-            if piece.part == FIRST:
-                assert piece.first + piece.count < work.blocks
-                stored[piece.tile].append(piece.program)
-        ended = [piece for piece in work.pieces() if piece.part == LAST]
-        assert sorted(piece.tile for piece in ended) == sorted(stored)
-        for piece in ended:
-            assert piece.first + piece.count == work.blocks
-            assert work.of(piece.program)[1:3] == (piece.tile - work.whole, piece.first)  # by which add_sums goes
-            assert list(_added(work, piece)) == stored[piece.tile][::-1]
+        check_sums(work)
+
+
+def check_sums(work: Work) -> None:
+    stored = defaultdict(list)
+    for piece in work.pieces():
+        if piece.part == FIRST:
+            assert piece.first + piece.count < work.blocks
+            stored[piece.tile].append(piece.program)
+    ended = [piece for piece in work.pieces() if piece.part == LAST]
+    assert sorted(piece.tile for piece in ended) == sorted(stored)
+    for piece in ended:
+        assert piece.first + piece.count == work.blocks
+        assert work.of(piece.program)[1:3] == (piece.tile - work.whole, piece.first)  # by which add_sums goes
+        assert list(_added(work, piece)) == stored[piece.tile][::-1]
 
 
 def _added(work: Work, piece: Piece) -> Iterator[int]:

@@ -114,8 +114,9 @@ def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
 
 
 def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
-    """What runs the same code on three tiles: two parts instead of more, and for ``wide`` two programs, which have
-    tiles after another then and share one, and nine, of which several store parts of one tile.
+    """What runs the same code on three tiles: two parts instead of more; and for ``wide`` two programs, which have
+    tiles after another then and share one, eight, of which several store parts of one tile, and nine, which have equal
+    parts, so short that some have none.
     """
     if isinstance(plan, Direct | plans.Narrow):
         yield plan
@@ -123,7 +124,7 @@ def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
         if plan.parts <= 2:
             yield plan
     elif not plan.shared:
-        yield from (plans.Wide(2), plans.Wide(2, shared=3), plans.Wide(9, shared=3))
+        yield from (plans.Wide(2), *(plans.Wide(programs, shared=3) for programs in (2, 8, 9)))
 
 
 Weight: TypeAlias = tuple[Tensor, ...]
