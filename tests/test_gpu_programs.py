@@ -20,9 +20,11 @@ from compiling import launches
 from planning import CHIP, EDGES, FORM, K, N, columns, split_of, tiles_of
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import tiles
+from mxfp8_ops.gpu import partial_sums, tiles
 from mxfp8_ops.gpu.plans import Skinny, Wide, candidates, plan
 from mxfp8_ops.gpu.plans_direct import Direct
+
+STORING: int = partial_sums.STORING.value
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     gluon.where = lambda condition, one, other: one if condition else other
     monkeypatch.setattr(tiles, "gl", gluon)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
+    monkeypatch.setattr(tiles, "STORING", STORING)
     return number
 
 
@@ -55,34 +58,41 @@ def test_programs_compute_every_block_of_every_tile_once(program: SimpleNamespac
         (programs,), arguments = launch.grid, launch.named
         blocks, parts = math.ceil(k / 128), arguments["parts"]
         done: Counter[tuple[int, int]] = Counter()
-        stored = []
         for program.value in range(programs):
             tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts)
             assert steps >= 1
+            assert program.value == tile * parts + part
             done.update((tile, block) for block in range(first, first + steps))
-            if part >= 0:
-                stored.append(part)
-            else:
-                assert (first, steps) == (0, blocks)
         assert set(done) == {(tile, block) for tile in range(tiles_of(chosen, m, n)) for block in range(blocks)}
         assert set(done.values()) == {1}
-        assert stored == list(range(len(stored)))
-        size = chosen.rows * columns(chosen)
-        assert len(stored) == 0 or arguments["partial"].numel() == len(stored) * size
+
+
+@CHIP
+def test_programs_that_share_a_tile_have_memory_for_the_sums_of_each(processors: int) -> None:
+    for chosen, m, n, k in _different(processors, Skinny):
+        (launch,) = launches(chosen, m, n, k)
+        assert launch.named["parts"] == chosen.parts
+        if chosen.parts > 1:
+            bytes_of_each = chosen.across * (64 * chosen.rows * 4 + 8)
+            assert launch.named["partial"].numel() * 4 == launch.grid[0] * bytes_of_each
 
 
 def test_parts_have_a_block_at_least_where_there_are_as_many(program: SimpleNamespace) -> None:
-    """A part without one would wait for a stage that nobody loads."""
+    """And the last one, which waits for the others, as many more as they take to store their sums."""
     for blocks, parts in itertools.product(range(1, 300), range(1, 9)):
-        if parts > blocks:
+        if parts + STORING > blocks and parts > 1:
             continue
-        done = []
+        done, counts = [], []
         for program.value in range(2 * parts, 3 * parts):
             tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts)
-            assert (tile, part) == (2, program.value if parts > 1 else -1)
-            assert steps >= 1
+            assert (tile, part) == (2, program.value - 2 * parts)
+            counts.append(steps)
             done += range(first, first + steps)
         assert done == list(range(blocks))
+        assert min(counts) >= 1
+        if parts > 1:
+            assert max(counts[:-1]) - min(counts[:-1]) <= 1
+            assert STORING <= counts[-1] - max(counts[:-1]) <= STORING + 1
 
 
 @CHIP
@@ -95,17 +105,7 @@ def test_both_forms_are_cut_up_alike(processors: int) -> None:
         if k % 128 == 0:
             for one, other in zip(launches(chosen, m, n, k), launches(chosen, m, n, k, packed=False), strict=True):
                 assert (one.kernel, one.grid) == (other.kernel, other.grid)
-                same = set(one.named) - {
-                    "x",
-                    "bias",
-                    "out",
-                    "partial",
-                    "sums",
-                    "elements",
-                    "scales",
-                    "packed",
-                    "PACKED",
-                }
+                same = set(one.named) - {"x", "bias", "out", "partial", "elements", "scales", "packed", "PACKED"}
                 assert {name: one.named[name] for name in same} == {name: other.named[name] for name in same}
 
 
@@ -142,20 +142,6 @@ def test_every_row_of_the_result_is_stored_once_and_is_the_row_that_was_loaded(
         assert torch.equal(found[stored], row[stored])
 
 
-@CHIP
-def test_sums_of_parts_are_added_up_once_for_every_tile_in_parts(processors: int) -> None:
-    for chosen, m, n, k in _different(processors, Skinny):
-        launched = launches(chosen, m, n, k)
-        split = split_of(chosen, m, n)
-        assert len(launched) == (2 if split else 1)
-        for launch in launched[1:]:
-            arguments = launch.named
-            assert launch.kernel is tiles.mxfp8_add_parts
-            assert (arguments["BM"], arguments["BN"]) == (chosen.rows, columns(chosen))
-            assert launch.grid == (split * columns(chosen) // arguments["STEP"],)
-            assert arguments["parts"] == chosen.parts
-
-
 def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: SimpleNamespace) -> None:
     found = [tiles.place_of_tile.fn(tile, 40 * 256, 1024, 256, 128) for tile in range(40 * 8)]
     assert found[:5] == [(row * 256, 0) for row in range(4)] + [(0, 128)]
@@ -180,9 +166,8 @@ def _different(processors: int, kinds: Any) -> list[tuple[Any, int, int, int]]:
 @FORM
 @CHIP
 def test_no_offset_of_the_kernels_exceeds_int32_where_dispatch_uses_them(processors: int, packed: bool) -> None:
-    """They compute in 64 bits where the result, x and scales of canonical weights are concerned, and the sums of
-    ``wide``. What is left are words of the weight, rows of x for ``direct``, the parts of ``skinny`` and the row of
-    blocks that programs of ``wide`` share.
+    """They compute in 64 bits where the result, x, scales of canonical weights and sums of parts are concerned. What is
+    left are words of the weight, rows of x for ``direct`` and the row of blocks that programs of ``wide`` share.
     """
     for n, k in itertools.product((*N, 524288, 65536 * 128 - 1), (*K[packed], 2**20)):
         words = math.prod(packing.packed_shape(n, k)) if packed else n * k
@@ -190,12 +175,9 @@ def test_no_offset_of_the_kernels_exceeds_int32_where_dispatch_uses_them(process
             continue  # dequantized as a whole
         for m in EDGES:
             chosen = plan(m, n, k, processors, packed)
-            tile = chosen.rows * columns(chosen)
             programs = tiles_of(chosen, m, n) + split_of(chosen, m, n) * (getattr(chosen, "parts", 1) - 1)
             assert programs < 2**31
             if isinstance(chosen, Direct):
                 assert chosen.rows * max(n, k // 2 + 128 * chosen.warps) < 2**31
             elif isinstance(chosen, Wide):
                 assert chosen.programs * chosen.shared * math.ceil(k / 128) < 2**31
-            elif isinstance(chosen, Skinny):
-                assert chosen.parts * split_of(chosen, m, n) * tile < 2**31

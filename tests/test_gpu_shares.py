@@ -18,11 +18,11 @@ pytest.importorskip("triton.experimental.gluon")
 from compiling import launches
 from planning import CHIP, EDGES, K, N, tiles_of
 
-from mxfp8_ops.gpu import shares
+from mxfp8_ops.gpu import partial_sums, shares
 from mxfp8_ops.gpu.plans import SHARE, Wide, candidates
 
 LEAST: int = shares.LEAST.value
-STORING: int = shares.STORING.value
+STORING: int = partial_sums.STORING.value
 FIRST, WHOLE, LAST = shares.FIRST.value, shares.WHOLE.value, shares.LAST.value
 
 
@@ -156,18 +156,10 @@ def check_sums(work: Work) -> None:
     assert sorted(piece.tile for piece in ended) == sorted(stored)
     for piece in ended:
         assert piece.first + piece.count == work.blocks
-        assert work.of(piece.program)[1:3] == (piece.tile - work.whole, piece.first)  # by which add_sums goes
-        assert list(_added(work, piece)) == stored[piece.tile][::-1]
-
-
-def _added(work: Work, piece: Piece) -> Iterator[int]:
-    """The programs whose sums are added, as ``add_sums`` finds them."""
-    tile, program = piece.tile - work.whole, piece.program
-    begin = tile * work.blocks + piece.first
-    while begin > tile * work.blocks:
-        program -= 1
-        begin = shares.share_begins(program, work.programs, work.tiles - work.whole, work.blocks)
-        yield program
+        assert work.of(piece.program)[1:3] == (piece.tile - work.whole, piece.first)  # by which first_of_tile goes
+        shared, mine = work.tiles - work.whole, work.of(piece.program)
+        first = shares.first_of_tile.fn(piece.program, work.programs, shared, work.blocks, mine)
+        assert list(range(first, piece.program)) == stored[piece.tile]
 
 
 def test_programs_say_that_sums_are_stored_before_they_wait_for_others() -> None:
@@ -205,5 +197,5 @@ def test_what_is_launched_is_what_plans_say(processors: int) -> None:
                         assert plan.programs <= processors
                         if plan.shared:
                             size = plan.rows * plan.columns
-                            assert named["sums"].numel() * 4 == plan.programs * (4 * size + 8)
+                            assert named["partial"].numel() * 4 == plan.programs * (4 * size + 8)
                             assert math.ceil(k / 128) >= 2 * LEAST

@@ -91,9 +91,15 @@ def _products(
         words += TOGETHER * _BLOCK
         scales += TOGETHER * _BLOCK
         pairs += TOGETHER * 64
-    if RAGGED:
-        left = K % (TOGETHER * 128) // 32
-        total, marked = _turn(words, scales, pairs, mark, left, total, SIZES, MMA, DTYPE, FOR_FLOAT16, True, EXACT)
+    if RAGGED:  # a block of each warp in a turn, so that all have something to do as long as possible
+        REST: gl.constexpr = (ROWS, TILES, SIZES[2], 1)
+        done = K // (TOGETHER * 128) * TOGETHER
+        words, scales, pairs = _places(x + done * 64, packed + done * _BLOCK, M, K, REST, MMA)
+        for left in range(K // 32 - done * 4, 0, -4 * SIZES[2]):
+            total, marked = _turn(words, scales, pairs, mark, left, total, REST, MMA, DTYPE, FOR_FLOAT16, True, EXACT)
+            words += SIZES[2] * _BLOCK
+            scales += SIZES[2] * _BLOCK
+            pairs += SIZES[2] * 64
     return total, marked
 
 
@@ -107,21 +113,22 @@ def _places(x, packed, M, K, SIZES: gl.constexpr, MMA: gl.constexpr):
     WARPS: gl.constexpr = SIZES[2]
     BLOCKS: gl.constexpr = SIZES[3]
     tile = gl.program_id(0) * SIZES[1]  # the first, of 8 rows: r6, r5, r4, r2
-    rows = packed + tile // 16 * ((K + 127) // 128) * _BLOCK  # 128 of them
+    # Shifts: a division of numbers that may be negative, for all the compiler knows, takes longer.
+    rows = packed + (tile >> 4) * ((K + 127) >> 7) * _BLOCK  # 128 of them
 
     WORD: gl.constexpr = _any_words(SIZES, MMA).type.layout
     pair = places_along(8, 2, 7, WORD)
-    words = places_along(WARPS, 0, 7, WORD) * (BLOCKS * _BLOCK) + tile % 16 // 8 * 1024 + tile % 8 * 64
+    words = places_along(WARPS, 0, 7, WORD) * (BLOCKS * _BLOCK) + (tile >> 3 & 1) * 1024 + (tile & 7) * 64
     words += pair // 4 * 512 + pair % 4 * 16 + places_along(4, 6, 7, WORD) * 4
 
     BOTH: gl.constexpr = _any_scales(SIZES, MMA).type.layout
-    scales = places_along(WARPS, 0, 5, BOTH) * (BLOCKS * _BLOCK) + 4096 + tile % 16 * 8
+    scales = places_along(WARPS, 0, 5, BOTH) * (BLOCKS * _BLOCK) + 4096 + (tile & 15) * 8
     scales += places_along(8, 2, 5, BOTH) % 4 * 2
 
     X: gl.constexpr = _any_pairs(SIZES, MMA).type.layout
     column = places_along(2 * ROWS, 1, 6, X)
     m = gl.minimum(column // 8 * 4 + column % 4, M - 1)
-    pairs = m * (K // 2) + places_along(WARPS, 0, 6, X) * (BLOCKS * 64)
+    pairs = m * (K >> 1) + places_along(WARPS, 0, 6, X) * (BLOCKS * 64)
     pairs += column % 8 // 4 * 16 + places_along(4, 5, 6, X)
     return rows + words, rows + scales, x + pairs
 

@@ -67,7 +67,7 @@ def needs_exact(packed, N, K, DTYPE: gl.constexpr):
 @gluon.jit
 def place_of_mark(packed, N, K, DTYPE: gl.constexpr):
     """Where it is written whether that is so: a word of the weight's last row, 0 if not."""
-    blocks = (N + 127) // 128 * ((K + 127) // 128)
+    blocks = (N + 127 >> 7) * (K + 127 >> 7)
     WORD: gl.constexpr = 0 if gl.bfloat16 == DTYPE else 1
     return packed + (blocks * (132 * 32) + WORD)
 

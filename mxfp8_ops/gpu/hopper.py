@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .. import packing, settings
-from . import shares
+from . import partial_sums
 from .counts import divided
 from .direct import mxfp8_linear_direct
 from .launch import box, launch
@@ -17,7 +17,7 @@ from .narrow import mxfp8_linear_narrow
 from .plans import Narrow, Plan, Skinny, Wide, candidates, plan, tiles_of
 from .plans_direct import Direct
 from .skinny import mxfp8_linear_skinny
-from .tiles import box_rows, mxfp8_add_parts
+from .tiles import box_rows
 from .tune import best
 from .wide import mxfp8_linear_wide
 
@@ -28,7 +28,6 @@ _ROWS_OF_BLOCKS = gl.NVMMASharedLayout(128, 16, 3)
 _WORDS_OF_BLOCKS = gl.NVMMASharedLayout(0, 32, 5)
 _SCALES_OF_BLOCKS = gl.NVMMASharedLayout(0, 32, 3)
 _CANONICAL_WORDS = gl.NVMMASharedLayout(64, 32, 2)
-_COLUMNS = 16  # of a tile that a program of `mxfp8_add_parts` adds up
 
 
 class Canonical(NamedTuple):
@@ -132,42 +131,37 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
 
 def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
-    tiles = tiles_of(chosen, m, n)
-    split = chosen.parts > 1
-    size = tiles * chosen.parts * chosen.rows * chosen.columns
-    partial = torch.empty(size, dtype=torch.float32, device=x.device) if split else out
-    offset = x if bias is None else bias
+    programs = tiles_of(chosen, m, n) * chosen.parts
+    elements, scales, packed = _boxes(source, 1)
+    partial = packed
+    if chosen.parts > 1:
+        partial = partial_sums.memory(programs * chosen.across, 64 * chosen.rows, x.device)
     rows = box_rows(chosen.rows, m)
+    pointers = _rows_of_x(x, rows), elements, scales, packed, x if bias is None else bias, out, partial
     launch(
         mxfp8_linear_skinny,
-        (tiles * chosen.parts,),
-        (_rows_of_x(x, rows), *_boxes(source, 1), offset, out, partial, m, n, k, chosen.parts),
+        (programs,),
+        (*pointers, m, n, k, chosen.parts, partial_sums.STORED),
         (_packed(source), *chosen.constants, rows, bias is not None),
         num_warps=4,
         maxnreg=chosen.registers or None,
         dependent=settings.dependent_launch(),
     )
-    if split:
-        launch(
-            mxfp8_add_parts,
-            (tiles * (chosen.columns // _COLUMNS),),
-            (partial, offset, out, m, n, chosen.parts),
-            (chosen.rows, chosen.columns, _COLUMNS, rows, bias is not None),
-        )
 
 
 def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
     tiles = tiles_of(chosen, m, n)
     elements, scales, packed = _boxes(source, 2)
-    sums = shares.memory(chosen.programs, chosen.rows * chosen.columns, x.device) if chosen.shared else packed
-    offset = x if bias is None else bias
+    partial = packed
+    if chosen.shared:
+        partial = partial_sums.memory(chosen.programs, chosen.rows * chosen.columns, x.device)
     rows = box_rows(chosen.rows, m)
-    pointers = _rows_of_x(x, rows), elements, scales, packed, offset, out, sums
+    pointers = _rows_of_x(x, rows), elements, scales, packed, x if bias is None else bias, out, partial
     launch(
         mxfp8_linear_wide,
         (chosen.programs if chosen.shared else min(tiles, chosen.programs),),
-        (*pointers, m, n, k, tiles, tiles - chosen.shared, shares.STORED),
+        (*pointers, m, n, k, tiles, tiles - chosen.shared, partial_sums.STORED),
         (_packed(source), *chosen.constants, rows, bias is not None),
         num_warps=8,
         dependent=settings.dependent_launch(),

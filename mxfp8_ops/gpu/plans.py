@@ -4,13 +4,13 @@ The model counts how many programs there are for a multiprocessor, so it holds f
 multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors), of packed and of canonical weights:
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
-- From 17 to 2048 rows of x to some 2800 times of 20 shapes, 1024x4096 to 28672x8192; ``wide``, which was changed
-  since, to 264 times of 18 shapes, 1024x4096 to 8192x28672, from 192 to 8192 rows. There its choice, of plans of
-  ``wide`` and the best other one, took 1.001 times as long as the fastest on average, 1.06 times at worst; for quarters
-  of the shapes without which it was fitted 1.001 times on average, 1.06 at worst.
-- From 5 to 16 rows to some 3500 times of 44 shapes, 512x4096 to 151936x2048: 1.003 times on average, 1.06 at worst. For
-  quarters of the shapes without which it was fitted 1.01 times. These are of another card, and brought to the scale of
-  the others: a seventeenth row never saves time.
+- From 5 to 256 rows of x to some 1500 times of 21 shapes, 512x8192 to 14336x4096, and to what was measured before of
+  larger ones. From 9 rows on its choice took 1.003 times as long as the fastest plan on average, 1.09 at worst; for 8
+  rows 1.01 on average, 1.05 at worst. For quarters of the shapes without which it was fitted 1.01 times on average
+  (1.04 for 8 rows), 1.2 at worst.
+- ``wide``, from 160 rows on, to some 690 times of 18 shapes, 1024x4096 to 8192x28672, up to 8192 rows, among them those
+  of the best other plans: 1.001 times on average, 1.06 at worst; for quarters of the shapes without which it was fitted
+  1.003 on average.
 - Up to four rows, packed, see ``plans_direct``.
 """
 
@@ -87,8 +87,8 @@ Tiled: TypeAlias = Skinny | Wide
 class Cost:
     """Microseconds that a kernel takes, for weights that are packed and canonical. A multiprocessor runs ``at_once``
     programs at the same time. For each block of 128 elements of K it takes ``turn`` for those, and ``each`` for
-    every single one. ``start`` is for loading the first stages and storing the results; ``add`` for another kernel
-    that adds up parts, and ``megabyte`` for moving them.
+    every single one. ``start`` is for loading the first stages and storing the results; where tiles are cut into
+    parts ``add`` for waiting until all sums are there, and ``megabyte`` for moving them.
     """
 
     at_once: int
@@ -100,16 +100,16 @@ class Cost:
 
 
 TABLE: dict[Skinny, Cost] = {
-    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0344, 0.1336), (0.1936, 0.1921), 2.1122, 2.4177, 0.9635),
-    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0208, 0.0001), (0.1557, 0.2452), 3.9339, 1.4109, 2.7739),
-    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0057, 0.0013), (0.4356, 0.5449), 2.5502, 1.8725, 1.2681),
-    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.148, 0.166), (0.181, 0.203), 2.35, 2.14, 0.42),
-    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.232, 0.282), 3.47, 2.49, 0.53),
-    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.207, 0.193), (0.172, 0.262), 1.92, 2.14, 0.32),
-    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.275, 0.359), 2.9, 2.17, 0.27),
-    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.507, 0.589), 4.13, 2.62, 0.24),
-    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.426, 0.51), 2.93, 2.82, 0.22),
-    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.761, 0.879), 2.38, 3.23, 0.2),
+    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0623, 0.0924), (0.1782, 0.2047), 3.078, 0.479, 1.314),
+    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0215, 0), (0.1711, 0.2329), 4.319, 0.856, 1.397),
+    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0058, 0.0014), (0.4492, 0.5388), 2.691, 1.635, 1.126),
+    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1517, 0.1626), (0.157, 0.1857), 2.907, 0.565, 0.635),
+    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2426, 0.2844), 4.059, 0.434, 0.467),
+    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.1876, 0.1599), (0.1716, 0.2624), 2.967, 0.666, 0.281),
+    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2555, 0.3291), 3.975, 0.676, 0.241),
+    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.5076, 0.5849), 4.76, 0.767, 0.296),
+    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4019, 0.4473), 4.713, 0.755, 0.158),
+    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.6825, 0.7893), 4.866, 1.979, 0.1),
 }
 
 
@@ -128,7 +128,7 @@ class WideCost:
     part: float
 
 
-WIDE = WideCost(1.35, 2, 2.75, 5.75, 1.5, 4.5), WideCost(1.4, 2, 2.9, 3.85, 1.5, 3.1)
+WIDE = WideCost(1.29, 2.4, 3, 5, 1.35, 3.65), WideCost(1.375, 2.35, 2.85, 4.3, 1.4, 2.7)
 """For weights that are packed and canonical."""
 
 APART = 1.02
@@ -143,10 +143,10 @@ SHARE = 8
 """Blocks of K that a program's share has at least: its parts of tiles may not be too short."""
 
 NARROW: dict[Narrow, Cost] = {
-    Narrow(8, 4, 4): Cost(1, (0.0001,), (0.0869,), 3.0287),
-    Narrow(8, 1, 4): Cost(8, (0.1971,), (0.0764,), 3.1424),
-    Narrow(16, 4, 4): Cost(1, (0.0177,), (0.1094,), 2.9046),
-    Narrow(16, 1, 4): Cost(6, (0.3415,), (0.0632,), 1.2812),
+    Narrow(8, 4, 4): Cost(1, (0.0029,), (0.1166,), 2.781),
+    Narrow(8, 1, 4): Cost(8, (0.1972,), (0.0739,), 3),
+    Narrow(16, 4, 4): Cost(1, (0.0182,), (0.1081,), 3.072),
+    Narrow(16, 1, 4): Cost(6, (0.3619,), (0.0507,), 2.339),
 }
 """Of packed weights, and never in parts."""
 

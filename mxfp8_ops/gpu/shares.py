@@ -12,12 +12,10 @@ that their sums are there before they wait themselves.
 
 from __future__ import annotations
 
-import secrets
-
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from .partial_sums import STORING
 
 FIRST = gl.constexpr(-1)
 WHOLE = gl.constexpr(0)
@@ -25,20 +23,6 @@ LAST = gl.constexpr(1)
 
 LEAST = gl.constexpr(3)
 """Blocks of a part, at least: others would not be worth storing and adding sums for."""
-
-STORING = gl.constexpr(2)
-"""Blocks that take as long as to store sums and to find that they are there."""
-
-STORED = secrets.randbits(62) | 1 << 62
-"""What a program writes to say that its sums are there, and who reads it takes away again. The word is not cleared
-before, which would take another launch: memory that holds this number of 62 random bits by chance is not to be feared,
-and no launch leaves it behind.
-"""
-
-
-def memory(programs: int, size: int, device: torch.device) -> Tensor:
-    """What programs need to share tiles of so many elements: int32, for the sums of each, and for what each says."""
-    return torch.empty(programs * (size + 2), dtype=torch.int32, device=device)
 
 
 @gluon.jit
@@ -112,64 +96,11 @@ def when_to_say(work):
 
 
 @gluon.jit
-def store_sums(total, sums, program):
-    """Stores a tile of float32 for a program after this one, which ``say_stored`` tells."""
-    flat = _in_order_of_registers(total)
-    gl.store(_place(sums, program, flat), flat.to(gl.int32, bitcast=True))
-
-
-@gluon.jit
-def say_stored(sums, stored, program, programs, SIZE: gl.constexpr):
-    """After a barrier, the later the better: what is still on its way to memory is waited for."""
-    gl.atomic_xchg(_word(sums, program, programs, SIZE), stored, sem="release", scope="gpu")
-
-
-@gluon.jit
-def add_sums(total, sums, stored, program, programs, shared, blocks, work):
-    """Adds what programs before this one have stored for the tile in which its share begins."""
+def first_of_tile(program, programs, shared, blocks, work):
+    """The first program that has a part of the tile in which this one's share begins: all up to this one have."""
     _, tile, skipped, _, _ = work
     begin = tile * blocks + skipped
     while begin > tile * blocks:
         program -= 1
         begin = share_begins(program, programs, shared, blocks)
-        word = _word(sums, program, programs, total.shape[0] * total.shape[1])
-        found = gl.atomic_cas(word, stored, ~stored, sem="acquire", scope="gpu")
-        while found != stored:
-            found = gl.atomic_cas(word, stored, ~stored, sem="acquire", scope="gpu")
-        flat = _in_order_of_registers(total)
-        flat += gl.load(_place(sums, program, flat), cache_modifier=".cg").to(gl.float32, bitcast=True)
-        total = _as_before(flat, total)
-    return total
-
-
-@gluon.jit
-def _place(sums, program, flat):
-    """Where a program stores its sums."""
-    size: gl.constexpr = flat.shape[0]
-    return sums + program.to(gl.int64) * size + gl.arange(0, size, flat.type.layout)
-
-
-@gluon.jit
-def _word(sums, program, programs, SIZE: gl.constexpr):
-    """Where it says so."""
-    return (sums + programs.to(gl.int64) * SIZE).to(gl.pointer_type(gl.int64)) + program
-
-
-@gluon.jit
-def _in_order_of_registers(total):
-    """A tile ``[BN, BM]`` in the layout of the matrix instruction as one row: four elements of a lane follow each
-    other, and then those of the next lane.
-    """
-    BN: gl.constexpr = total.shape[0]
-    BM: gl.constexpr = total.shape[1]
-    bits = gl.reshape(total, [BN // 16, 2, 8, BM // 8, 4, 2])
-    return gl.reshape(gl.permute(bits, (3, 0, 2, 4, 1, 5)), [BN * BM])
-
-
-@gluon.jit
-def _as_before(flat, total):
-    """The row as a tile again, like ``total``."""
-    BN: gl.constexpr = total.shape[0]
-    BM: gl.constexpr = total.shape[1]
-    bits = gl.permute(gl.reshape(flat, [BM // 8, BN // 16, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
-    return gl.convert_layout(gl.reshape(bits, [BN, BM]), total.type.layout, assert_trivial=True)
+    return program

@@ -21,20 +21,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
+from .partial_sums import add_stored, say_stored, store_sums
 from .tiles import (
     LOADER_REGISTERS,
     advance,
     load_rows,
     part_of_tile,
     place_of_tile,
-    store_part,
     store_tile,
     wait_for_kernel_before,
 )
 from .versions import barrier, load_box
 
 
-@gluon.jit(do_not_specialize=["M", "parts"])
+@gluon.jit(do_not_specialize=["M", "parts", "stored"])
 def mxfp8_linear_skinny(
     x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
@@ -42,11 +42,12 @@ def mxfp8_linear_skinny(
     packed,  # PACKED: pointer to that tensor; else to anything
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
-    partial,  # pointer [parts of tiles, 64 * R, BM] float32, or to anything
+    partial,  # pointer to what `partial_sums.memory` gives, or to anything
     M,
     N,
     K,
     parts,  # programs that compute a tile
+    stored,  # what programs write to say that sums are stored
     PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
     R: gl.constexpr,
@@ -85,7 +86,7 @@ def mxfp8_linear_skinny(
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
     source = (packed, scales, first, N, K)
-    result = (bias, out, partial, sums, summed, M, N, row, column, part)
+    result = (bias, out, partial, stored.to(gl.int64), sums, summed, M, N, row, column, part, parts)
     work = (M, row, column // 64, first, steps, blocks)
     config: gl.constexpr = (PACKED, BM, R, S, STAGES, BOX, HAS_BIAS)
     if R * S == 1:
@@ -159,7 +160,7 @@ def _load(x, elements, scales, stages, work, config: gl.constexpr):
 def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.constexpr):
     """Four warps: 64 rows of the weight by BM rows of x, over every S-th stage; then the sum goes its way."""
     packed, scales, first, N, K = source
-    bias, out, partial, sums, summed, M, N, row, column, part = result
+    bias, out, partial, stored, sums, summed, M, N, row, column, part, parts = result
     PACKED: gl.constexpr = config[0]
     BM: gl.constexpr = config[1]
     R: gl.constexpr = config[2]
@@ -186,9 +187,15 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
             for i in gl.static_range(S - 1):
                 total += sums.index(i * R + r).load(MMA)
     if s == 0:
-        if part >= 0:
-            store_part(total, partial + part * (64 * R * BM) + r * (64 * BM))
+        slots = gl.num_programs(0) * R
+        slot = r * gl.num_programs(0) + gl.program_id(0)
+        if part < parts - 1:
+            store_sums(total, partial, slot)
+            barrier()
+            say_stored(partial, stored, slot, slots, 64 * BM)
         else:
+            if parts > 1:
+                total = add_stored(total, partial, stored, slot - part, part, slots)
             store_tile(total, bias, out, M, N, row, column + r * 64, BOX, HAS_BIAS)
 
 

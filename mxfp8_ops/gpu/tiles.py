@@ -1,7 +1,7 @@
 """The tiles of a result ``[M, N]``, and how they are loaded and stored: shared by the kernels for Hopper.
 
-A tile of ``skinny`` is one program's work, or that of ``parts`` programs, which take turns of K each and store float32
-sums that ``mxfp8_add_parts`` adds up, in a fixed order (split-K). How programs of ``wide`` share tiles: ``shares``.
+A tile of ``skinny`` is one program's work, or that of ``parts`` programs (split-K), of which each computes a part of K
+and the last one adds up all sums. How programs of ``wide`` share tiles: ``shares``.
 
 TMA takes several times as long for a row of x that is not there as for one that is. So the last rows' tile is moved up
 to end with the last row: its first rows are then some of the tile before once more, and are not stored. Where x has
@@ -10,12 +10,11 @@ fewer rows than a tile, the tile's rows come in two boxes of half as many, of wh
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .partial_sums import STORING
 from .versions import load_box
 
 LOADER_REGISTERS = gl.constexpr(24)
@@ -39,12 +38,14 @@ def wait_for_kernel_before():
 
 @gluon.jit
 def part_of_tile(blocks, parts):
-    """This program's tile, which of all partial sums its own are (-1: none), its first block of K and their number."""
+    """This program's tile, which of its parts, that part's first block of K, and how many it has. The last part is
+    longer by what the others take to store their sums: it waits for them.
+    """
     program = gl.program_id(0)
-    turn = program % parts
-    first = turn * blocks // parts
-    part = gl.where(parts > 1, program, -1)
-    return program // parts, part, first, (turn + 1) * blocks // parts - first
+    part = program % parts
+    first = part * (blocks - STORING) // parts
+    end = (part + 1) * (blocks - STORING) // parts
+    return program // parts, part, first, gl.where(part == parts - 1, blocks, end) - first
 
 
 @gluon.jit
@@ -88,15 +89,6 @@ def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
     stage += by
     wrapped = stage >= STAGES
     return gl.where(wrapped, stage - STAGES, stage), gl.where(wrapped, phase ^ 1, phase)
-
-
-@gluon.jit
-def store_part(total, partial):
-    """A float32 tile ``[BN, BM]`` as it is."""
-    LAYOUT: gl.constexpr = total.type.layout
-    n = gl.arange(0, total.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
-    m = gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.store(partial + n * total.shape[1] + m, total)
 
 
 @gluon.jit
@@ -150,34 +142,3 @@ def _store_rows(rows, out, M, N, row, column, FIRST: gl.constexpr, BOX: gl.const
     m, stored = rows_of_result(m, row, M, BOX)
     n = column + gl.arange(0, rows.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
     gl.store(out + m.to(gl.int64) * N + n, rows, mask=stored & (n < N))
-
-
-@triton.jit(do_not_specialize=["M", "parts"])
-def mxfp8_add_parts(
-    partial,
-    bias,
-    out,
-    M,
-    N,
-    parts,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STEP: tl.constexpr,
-    BOX: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Adds up the parts of STEP columns of a tile, ``partial [tile, part, BN, BM]``, and stores them in ``out``."""
-    tile = tl.program_id(0) // (BN // STEP)
-    first_row, first_column = place_of_tile(tile, M, N, BM, BN)
-    n = tl.program_id(0) % (BN // STEP) * STEP + tl.arange(0, STEP)[:, None]
-    m = tl.arange(0, BM)[None, :]
-    place = partial + tile.to(tl.int64) * parts * (BN * BM) + n * BM + m
-    total = tl.zeros((STEP, BM), tl.float32)
-    for part in range(parts):
-        total += tl.load(place + part * (BN * BM))
-    row, stored = rows_of_result(tl.trans(m), first_row, M, BOX)
-    column = first_column + tl.trans(n)
-    total = tl.trans(total)
-    if HAS_BIAS:
-        total += tl.load(bias + column, mask=column < N, other=0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * N + column, total, mask=stored & (column < N))

@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .shares import FIRST, LAST, add_sums, piece_of, pieces_of, say_stored, store_sums, when_to_say, work_of
+from .partial_sums import add_stored, say_stored, store_sums
+from .shares import FIRST, LAST, first_of_tile, piece_of, pieces_of, when_to_say, work_of
 from .tiles import LOADER_REGISTERS, advance, load_rows, place_of_tile, store_quarters, wait_for_kernel_before
 from .versions import barrier, load_box
 
@@ -35,7 +36,7 @@ def mxfp8_linear_wide(
     packed,  # PACKED: pointer to that tensor; else to anything
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
-    sums,  # pointer to what `shares.memory` gives, or to anything
+    partial,  # pointer to what `partial_sums.memory` gives, or to anything
     M,
     N,
     K,
@@ -66,7 +67,7 @@ def mxfp8_linear_wide(
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
     problem = (M, N, (K + 127) // 128, tiles, whole)
-    result = (bias, out, sums, stored.to(gl.int64), scratch)
+    result = (bias, out, partial, stored.to(gl.int64), scratch)
     config: gl.constexpr = (PACKED, BM, STAGES, BOX, HAS_BIAS)
     gl.warp_specialize(
         [
@@ -145,19 +146,20 @@ def _mma(rows):
 def _finish(n, total, work, problem, result, config: gl.constexpr):
     """Stores what the n-th piece has come to: sums for others, or its tile of the result."""
     M, N, blocks, tiles, whole = problem
-    bias, out, sums, stored, scratch = result
+    bias, out, partial, stored, scratch = result
     row, column, _, _, part = _piece(n, work, problem, config)
     BM: gl.constexpr = config[1]
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     if part == FIRST:
-        store_sums(total, sums, program)
+        store_sums(total, partial, program)
         barrier()
     if n == when_to_say(work):
-        say_stored(sums, stored, program, programs, 128 * BM)
+        say_stored(partial, stored, program, programs, 128 * BM)
     if part != FIRST:
         if part == LAST:
-            total = add_sums(total, sums, stored, program, programs, tiles - whole, blocks, work)
+            others = first_of_tile(program, programs, tiles - whole, blocks, work)
+            total = add_stored(total, partial, stored, others, program - others, programs)
         store_quarters(total, bias, out, M, N, row, column, scratch, config[3], config[4])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
-from mxfp8_ops.gpu import dispatch, elementwise, hopper, plans, shares
+from mxfp8_ops.gpu import dispatch, elementwise, hopper, partial_sums, plans
 from mxfp8_ops.gpu.plans_direct import Direct
 from mxfp8_ops.packing import PACKED_FOR
 
@@ -155,19 +155,19 @@ def _with(plan: plans.Plan) -> Linear:
     def linear(problem: Problem, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
         words = weight[0] if problem.packed else hopper.Canonical(*(each.view(torch.int32) for each in weight))
-        with mock.patch.object(shares, "memory", partial(_unsaid, shares.memory)):
+        with mock.patch.object(partial_sums, "memory", partial(_unsaid, partial_sums.memory)):
             hopper._run(plan, x, words, bias, out)
         return out
 
     return linear
 
 
-def _unsaid(memory: Callable[..., Tensor], programs: int, size: int, device: torch.device) -> Tensor:
+def _unsaid(memory: Callable[..., Tensor], slots: int, size: int, device: torch.device) -> Tensor:
     """The memory through which programs share tiles, but cleared where they say that sums are stored: others look there
     before, for a random number, and whatever else they find is as good as nothing.
     """
-    new = memory(programs, size, device)
-    new[programs * size :] = 0
+    new = memory(slots, size, device)
+    new[slots * size :] = 0
     return new
 
 

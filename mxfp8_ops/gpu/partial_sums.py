@@ -1,0 +1,106 @@
+"""Sums of parts of tiles, which programs leave in memory for the one that adds them up (split-K and stream-K).
+
+Each program has slots of its own. It stores a float32 tile there and says so; another one waits until all have said so
+whose sums it needs, and adds them in a fixed order.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .versions import barrier
+
+STORED = secrets.randbits(62) | 1 << 62
+"""What a program writes to say that its sums are there, and who reads it takes away again. The word is not cleared
+before, which would take another launch: memory that holds this number of 62 random bits by chance is not to be feared,
+and no launch leaves it behind.
+"""
+
+STORING = gl.constexpr(2)
+"""Blocks of K that take as long as to store sums and to find that they are there."""
+
+_ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b64 $0, [$1];")
+
+
+def memory(slots: int, size: int, device: torch.device) -> Tensor:
+    """Slots for sums of tiles of so many elements, and for what is said of each: int32."""
+    return torch.empty(slots * (size + 2), dtype=torch.int32, device=device)
+
+
+@gluon.jit
+def store_sums(total, partial, slot):
+    """Stores a tile of float32 for another program, which ``say_stored`` tells."""
+    flat = _in_order_of_registers(total)
+    gl.store(_place(partial, slot, flat), flat.to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def say_stored(partial, stored, slot, slots, SIZE: gl.constexpr):
+    """After a barrier, the later the better: what is still on its way to memory is waited for."""
+    gl.atomic_xchg(_words(partial, slots, SIZE) + slot, stored, sem="release", scope="gpu")
+
+
+@gluon.jit
+def add_stored(total, partial, stored, first, count, slots):
+    """Adds to a tile what others store in ``count`` slots from ``first`` on, as soon as all of it is there."""
+    words = _words(partial, slots, total.shape[0] * total.shape[1]) + first
+    for begin in range(0, count, 32):
+        _wait_for(words + begin, stored, gl.minimum(count - begin, 32))
+    for n in range(count):
+        flat = _in_order_of_registers(total)
+        flat += gl.load(_place(partial, first + n, flat), cache_modifier=".cg").to(gl.float32, bitcast=True)
+        total = _as_before(flat, total)
+    return total
+
+
+@gluon.jit
+def _wait_for(words, stored, count):
+    """Until it is said in all of up to 32 words, which every warp looks at at once, a lane at each. Then it is taken
+    away.
+    """
+    LANE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    words += gl.minimum(gl.arange(0, 32, LANE), count - 1)
+    missing = 1
+    while missing != 0:
+        found = gl.inline_asm_elementwise(_ACQUIRE, "=l,l", [words], gl.int64, False, 1)
+        missing = gl.max((found != stored).to(gl.int32), 0)
+    barrier()
+    gl.store(words, gl.full([32], 0, gl.int64, LANE))
+
+
+@gluon.jit
+def _place(partial, slot, flat):
+    """Where the sums of a slot are."""
+    size: gl.constexpr = flat.shape[0]
+    return partial + slot.to(gl.int64) * size + gl.arange(0, size, flat.type.layout)
+
+
+@gluon.jit
+def _words(partial, slots, SIZE: gl.constexpr):
+    """Where it is said of each slot that they are there."""
+    return (partial + slots.to(gl.int64) * SIZE).to(gl.pointer_type(gl.int64))
+
+
+@gluon.jit
+def _in_order_of_registers(total):
+    """A tile ``[BN, BM]`` in the layout of the matrix instruction as one row: four elements of a lane follow each
+    other, and then those of the next lane.
+    """
+    BN: gl.constexpr = total.shape[0]
+    BM: gl.constexpr = total.shape[1]
+    bits = gl.reshape(total, [BN // 16, 2, 8, BM // 8, 4, 2])
+    return gl.reshape(gl.permute(bits, (3, 0, 2, 4, 1, 5)), [BN * BM])
+
+
+@gluon.jit
+def _as_before(flat, total):
+    """The row as a tile again, like ``total``."""
+    BN: gl.constexpr = total.shape[0]
+    BM: gl.constexpr = total.shape[1]
+    bits = gl.permute(gl.reshape(flat, [BM // 8, BN // 16, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
+    return gl.convert_layout(gl.reshape(bits, [BN, BM]), total.type.layout, assert_trivial=True)
