@@ -4,10 +4,10 @@ The model counts how many programs there are for a multiprocessor, so it holds f
 multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors), of packed and of canonical weights:
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
-- From 5 to 256 rows of x to some 1500 times of 21 shapes, 512x8192 to 14336x4096, and to what was measured before of
-  larger ones. From 9 rows on its choice took 1.003 times as long as the fastest plan on average, 1.09 at worst; for 8
-  rows 1.01 on average, 1.05 at worst. For quarters of the shapes without which it was fitted 1.01 times on average
-  (1.04 for 8 rows), 1.2 at worst.
+- From 5 to 256 rows of x to some 1500 times of 21 shapes, 512x8192 to 14336x4096, and to some 10900 that were measured
+  before tiles in parts became faster, of 44 shapes, 512x4096 to 151936x2048. From 9 rows on its choice took 1.004 times
+  as long as the fastest plan on average, 1.09 at worst, up to 8 rows 1.01 and 1.13. For quarters of the shapes without
+  which it was fitted 1.007 times on average, 1.2 at worst.
 - ``wide``, from 160 rows on, to some 690 times of 18 shapes, 1024x4096 to 8192x28672, up to 8192 rows, among them those
   of the best other plans: 1.001 times on average, 1.06 at worst; for quarters of the shapes without which it was fitted
   1.003 on average.
@@ -100,16 +100,16 @@ class Cost:
 
 
 TABLE: dict[Skinny, Cost] = {
-    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0623, 0.0924), (0.1782, 0.2047), 3.078, 0.479, 1.314),
-    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0215, 0), (0.1711, 0.2329), 4.319, 0.856, 1.397),
-    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0058, 0.0014), (0.4492, 0.5388), 2.691, 1.635, 1.126),
-    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1517, 0.1626), (0.157, 0.1857), 2.907, 0.565, 0.635),
-    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2426, 0.2844), 4.059, 0.434, 0.467),
-    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.1876, 0.1599), (0.1716, 0.2624), 2.967, 0.666, 0.281),
-    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2555, 0.3291), 3.975, 0.676, 0.241),
-    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.5076, 0.5849), 4.76, 0.767, 0.296),
-    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4019, 0.4473), 4.713, 0.755, 0.158),
-    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.6825, 0.7893), 4.866, 1.979, 0.1),
+    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0499, 0.1004), (0.1907, 0.2165), 3.002, 0.419, 1.483),
+    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.022, 0), (0.1909, 0.2506), 4.482, 0.777, 1.295),
+    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0059, 0.0015), (0.4344, 0.5441), 3.305, 1.556, 1.161),
+    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1318, 0.1543), (0.1691, 0.1973), 3.297, 0.54, 0.67),
+    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2427, 0.282), 4.436, 0.474, 0.547),
+    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.1994, 0.1761), (0.1709, 0.2701), 3.091, 0.571, 0.322),
+    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2575, 0.3393), 4.253, 0.704, 0.248),
+    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.4971, 0.5887), 5.429, 0.779, 0.317),
+    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4006, 0.4545), 4.933, 0.808, 0.182),
+    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.669, 0.7709), 5.727, 1.4, 0.102),
 }
 
 
@@ -128,7 +128,7 @@ class WideCost:
     part: float
 
 
-WIDE = WideCost(1.29, 2.4, 3, 5, 1.35, 3.65), WideCost(1.375, 2.35, 2.85, 4.3, 1.4, 2.7)
+WIDE = WideCost(1.29, 2.4, 3, 5, 1.35, 2.9), WideCost(1.375, 2.35, 2.85, 4.3, 1.4, 2.7)
 """For weights that are packed and canonical."""
 
 APART = 1.02
@@ -143,10 +143,10 @@ SHARE = 8
 """Blocks of K that a program's share has at least: its parts of tiles may not be too short."""
 
 NARROW: dict[Narrow, Cost] = {
-    Narrow(8, 4, 4): Cost(1, (0.0029,), (0.1166,), 2.781),
-    Narrow(8, 1, 4): Cost(8, (0.1972,), (0.0739,), 3),
-    Narrow(16, 4, 4): Cost(1, (0.0182,), (0.1081,), 3.072),
-    Narrow(16, 1, 4): Cost(6, (0.3619,), (0.0507,), 2.339),
+    Narrow(8, 4, 4): Cost(1, (0.003,), (0.12,), 2.802),
+    Narrow(8, 1, 4): Cost(8, (0.2655,), (0.078,), 3.085),
+    Narrow(16, 4, 4): Cost(1, (0.0185,), (0.1142,), 3.195),
+    Narrow(16, 1, 4): Cost(6, (0.3823,), (0.0606,), 2.462),
 }
 """Of packed weights, and never in parts."""
 
