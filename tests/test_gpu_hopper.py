@@ -108,6 +108,20 @@ def check_tiled(kernel: plans.Tiled, found: Compiled, folder: Path) -> None:
     assert "serialized" not in found.log, found.log
     check_waits(found)
     check_loads(found)
+    check_sums(found)
+
+
+def check_sums(found: Compiled) -> None:
+    """That all warps have stored their sums before one says so, and that who adds them reads them where they are, after
+    it was said to one of its warps.
+    """
+    said = re.split(r"atom\.global\.gpu\.release\.exch\.b64", found.ptx)
+    heard = re.split(r"ld\.acquire\.gpu\.global\.b64", found.ptx)
+    assert min(len(said), len(heard)) > 1
+    for before in said[:-1]:
+        assert before.rindex("bar.sync") > before.rindex("st.global.v4.b32")
+    for after in heard[1:]:
+        assert after.index("bar.sync") < after.index("ld.global.cg.v4.b32")
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])

@@ -2,6 +2,9 @@
 
 Each program has slots of its own. It stores a float32 tile there and says so; another one waits until all have said so
 whose sums it needs, and adds them in a fixed order.
+
+Nobody waits for ever: a program waits for ones with lower numbers only, which have started before it, and which say
+that their sums are there before they wait themselves.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ all do in step, a program computes the end of its share, the FIRST part of a til
 sums; then the whole tiles of its share; then its beginning, the LAST part of a tile, to which it adds, in a fixed
 order, what programs before it have stored: long ago as a rule.
 
-Nobody waits for ever: a program waits for ones with lower numbers only, which have started before it, and which say
-that their sums are there before they wait themselves.
+How they leave the sums to each other: ``partial_sums``.
 """
 
 from __future__ import annotations

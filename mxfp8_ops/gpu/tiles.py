@@ -38,8 +38,8 @@ def wait_for_kernel_before():
 
 @gluon.jit
 def part_of_tile(blocks, parts):
-    """This program's tile, which of its parts, that part's first block of K, and how many it has. The last part is
-    longer by what the others take to store their sums: it waits for them.
+    """This program's tile, which of its parts, that part's first block of K, and how many it has. Who has the last part
+    waits for the others, and adds their sums: it is longer by what they take to store them.
     """
     program = gl.program_id(0)
     part = program % parts
