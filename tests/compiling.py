@@ -238,8 +238,8 @@ def check_waits(found: Compiled) -> None:
     """That before a kernel reads anything, the one before it has ended, which the next one may only then begin to wait
     for. Without dependent launches these instructions do nothing.
     """
-    (wait,) = [match.start() for match in re.finditer(r"griddepcontrol\.wait;", found.ptx)]
-    (start,) = [match.start() for match in re.finditer(r"griddepcontrol\.launch_dependents;", found.ptx)]
+    (wait,) = [match.start() for match in re.finditer(r"griddepcontrol\.wait\s*;", found.ptx)]
+    (start,) = [match.start() for match in re.finditer(r"griddepcontrol\.launch_dependents\s*;", found.ptx)]
     reads = re.search(r"ld\.global|cp\.async\.bulk", found.ptx)
     assert reads is not None
     assert wait < start < reads.start()
