@@ -103,7 +103,16 @@ def directly(gluon: SimpleNamespace, x: Tensor, packed: Tensor, n: int, bias: Te
 def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
     simulated: SimpleNamespace, dtype: torch.dtype
 ) -> None:
-    for m, n, k in ((1, 1, 32), (2, 7, 96), (3, 33, 288), (8, 130, 1056), (5, 17, 4128), (4, 40, 2048)):
+    for m, n, k in (
+        (1, 1, 32),
+        (2, 7, 96),
+        (3, 33, 288),
+        (8, 130, 1056),
+        (5, 17, 4128),
+        (4, 40, 2048),
+        (3, 20, 800),
+        (8, 9, 1824),
+    ):
         x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
         packed = packing.pack(weight, scale, dtype=dtype)
         rows = 4 if m <= 4 else 8
