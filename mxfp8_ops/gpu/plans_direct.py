@@ -7,7 +7,9 @@ of K, it is how long one program waits for its loads.
 The tables were fitted to times of an H200 (132 multiprocessors): first of all so that the model prefers fast kinds. For
 up to four rows they are those of weights of 80 shapes, from 512x4096 to 151936x2048. The model's choice took 1.009
 times as long as the fastest of 16 kinds on average, 1.07 times at worst; tables that were fitted without a fifth of the
-shapes chose kinds for those that took 1.02 times as long. For up to eight rows see ``plans``.
+shapes chose kinds for those that took 1.02 times as long. Since then what is left of K after whole turns goes to all
+warps: on 12 shapes the same tables choose kinds that take 1.004 times as long, 1.02 at worst. For up to eight rows see
+``plans``.
 """
 
 from __future__ import annotations
