@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,15 +112,18 @@ class Pointer:
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.places + offset)
 
-    def load(self, mask: Any = None, other: int = 0, eviction_policy: str = "") -> Array:
+    def to(self, dtype: torch.dtype) -> Pointer:
+        return Pointer(self.memory.view(dtype), self.places * self.memory.itemsize // dtype.itemsize)
+
+    def load(self, mask: Any = None, other: int = 0, eviction_policy: str = "", cache_modifier: str = "") -> Array:
         places = torch.as_tensor(self.places)
         used = torch.ones_like(places, dtype=torch.bool) if mask is None else mask.broadcast_to(places.shape)
         self._check(places[used])
         found = self.memory.flatten()[places.where(used, 0).long()]
         return array(torch.where(used, found, torch.tensor(other, dtype=found.dtype)))
 
-    def store(self, value: Tensor, mask: Tensor) -> None:
-        places, mask = (each.broadcast_to(value.shape) for each in (self.places, mask))
+    def store(self, value: Tensor, mask: Any = True) -> None:
+        places, mask = (torch.as_tensor(each).broadcast_to(value.shape) for each in (self.places, mask))
         self._check(places[mask])
         self.memory.view(-1)[places[mask].long()] = value[mask].as_subclass(Tensor)
 
@@ -203,7 +206,7 @@ def _without_layout(*_: Any) -> None:
 
 GLUON: dict[str, Any] = {
     "load": lambda pointer, **options: pointer.load(**options),
-    "store": lambda pointer, value, mask: pointer.store(value, mask),
+    "store": lambda pointer, value, **options: pointer.store(value, **options),
     "arange": lambda first, end, layout=None: array(torch.arange(first, end, dtype=torch.int32)),
     "full": lambda shape, value, dtype, layout: array(torch.full(shape, value, dtype=dtype)),
     "zeros": lambda shape, dtype, layout: array(torch.zeros(shape, dtype=dtype)),
@@ -238,18 +241,23 @@ GLUON: dict[str, Any] = {
 }
 
 
+def in_python(monkeypatch: pytest.MonkeyPatch, module: ModuleType, gluon: SimpleNamespace) -> None:
+    """A module's functions as ones of Python, which use that Gluon."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, triton.runtime.jit.JITFunction):
+            monkeypatch.setattr(module, name, value.fn)
+        elif isinstance(value, triton.language.constexpr):
+            monkeypatch.setattr(module, name, value.value)
+        elif type(value).__name__ == "ConstexprFunction":
+            monkeypatch.setattr(module, name, value.fn)
+    monkeypatch.setattr(module, "gl", gluon)
+
+
 def simulate(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """``fragments``, ``canonical`` and ``direct`` as functions of Python, and the Gluon that they then use."""
     gluon = SimpleNamespace(**GLUON)
     for module in (fragments, canonical, numbers, direct):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.runtime.jit.JITFunction):
-                monkeypatch.setattr(module, name, value.fn)
-            elif isinstance(value, triton.language.constexpr):
-                monkeypatch.setattr(module, name, value.value)
-            elif type(value).__name__ == "ConstexprFunction":
-                monkeypatch.setattr(module, name, value.fn)
-        monkeypatch.setattr(module, "gl", gluon)
+        in_python(monkeypatch, module, gluon)
     for name in ("places_along", "_any_words", "_any_scales", "_any_pairs"):  # the same in every program
         monkeypatch.setattr(direct, name, functools.cache(getattr(direct, name)))
     for module in (fragments, canonical):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,77 +15,41 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from simulating import Array, array
+from simulating import GLUON, Pointer, array, in_python
 
 from mxfp8_ops.gpu import partial_sums
 
 TILE = 64, 32
 
 
-class Pointer:
-    """A pointer to int32 or int64, or pointers."""
-
-    def __init__(self, memory: Tensor, places: Any = 0) -> None:
-        self.memory, self.places = memory, places
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.places + offset)
-
-    def to(self, dtype: torch.dtype) -> Pointer:
-        return Pointer(self.memory.view(dtype), self.places * self.memory.itemsize // dtype.itemsize)
-
-    def load(self) -> Array:
-        return array(self.memory[self.places])
-
-    def store(self, value: Any) -> None:
-        self.memory[self.places] = value
-
-
-@pytest.fixture
-def gluon(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The functions of ``partial_sums`` in Python."""
-    found = SimpleNamespace(
-        int32=torch.int32,
-        int64=torch.int64,
-        float32=torch.float32,
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    gluon = SimpleNamespace(
+        **GLUON,
         pointer_type=lambda dtype: dtype,
         BlockedLayout=lambda *bases: None,
         num_warps=lambda: 4,
-        arange=lambda first, end, layout: torch.arange(first, end),
-        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
-        minimum=lambda one, other: one.clamp(max=other) if isinstance(one, Tensor) else min(one, other),
         max=lambda tensor, axis: tensor.amax(axis),
-        reshape=torch.reshape,
-        permute=torch.permute,
-        convert_layout=lambda tensor, layout, assert_trivial: tensor,
-        store=Pointer.store,
-        load=lambda pointer, cache_modifier: pointer.load(),
-        atomic_xchg=lambda pointer, value, sem, scope: pointer.store(value),
-        inline_asm_elementwise=lambda text, constraints, args, *_: args[0].load(),
+        atomic_xchg=lambda pointer, value, sem, scope: pointer.store(torch.tensor(value)),
     )
-    monkeypatch.setattr(partial_sums, "gl", found)
-    monkeypatch.setattr(partial_sums, "barrier", lambda: time.sleep(0))
-    for name in ("_wait_for", "_place", "_words", "_in_order_of_registers", "_as_before"):
-        monkeypatch.setattr(partial_sums, name, getattr(partial_sums, name).fn)
-    return found
+    gluon.inline_asm_elementwise = lambda text, constraints, args, *_: args[0].load()
+    in_python(monkeypatch, partial_sums, gluon)
+    monkeypatch.setattr(partial_sums, "barrier", lambda: None)
 
 
 def leave(total: Tensor, memory: Tensor, slot: int, slots: int) -> None:
-    place = torch.tensor(slot)
-    partial_sums.store_sums.fn(array(total), Pointer(memory), place)
-    partial_sums.say_stored.fn(Pointer(memory), partial_sums.STORED, place, torch.tensor(slots), total.numel())
+    partial, place = Pointer(memory), torch.tensor(slot)
+    partial_sums.store_sums(array(total), partial, place)
+    partial_sums.say_stored(partial, partial_sums.STORED, place, torch.tensor(slots), total.numel())
 
 
 def collect(total: Tensor, memory: Tensor, first: int, count: int, slots: int, into: list[Tensor]) -> None:
-    place = torch.tensor(first)
-    partial = Pointer(memory)
-    into.append(
-        partial_sums.add_stored.fn(array(total), partial, partial_sums.STORED, place, count, torch.tensor(slots))
-    )
+    slot, all_slots = torch.tensor(first), torch.tensor(slots)
+    into.append(partial_sums.add_stored(array(total), Pointer(memory), partial_sums.STORED, slot, count, all_slots))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 33, 70])
-def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(gluon: SimpleNamespace, count: int) -> None:
+def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(count: int) -> None:
     """Again in the same memory, in which nothing of the time before is taken for new. Other slots do not matter."""
     first, slots = 2, count + 4
     memory = partial_sums.memory(slots, 64 * 32, torch.device("cpu")).random_()
@@ -110,7 +73,7 @@ def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(gluon: Simpl
 
 
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
-def test_a_tile_comes_back_in_its_order(gluon: SimpleNamespace, rows: int) -> None:
+def test_a_tile_comes_back_in_its_order(rows: int) -> None:
     for columns in (64, 128):
         tile = array(torch.randn(columns, rows))
         flat = partial_sums._in_order_of_registers(tile)

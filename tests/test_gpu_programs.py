@@ -35,7 +35,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     gluon.where = lambda condition, one, other: one if condition else other
     monkeypatch.setattr(tiles, "gl", gluon)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
-    monkeypatch.setattr(tiles, "STORING", STORING)
+    monkeypatch.setattr(tiles, "part_begins", partial_sums.part_begins.fn)
+    monkeypatch.setattr(partial_sums, "STORING", STORING)
     return number
 
 

@@ -31,8 +31,10 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions of ``shares`` in Python."""
     gluon = SimpleNamespace(minimum=min, where=lambda condition, one, other: one if condition else other)
     monkeypatch.setattr(shares, "gl", gluon)
-    for name, value in {"LEAST": LEAST, "STORING": STORING, "FIRST": FIRST, "WHOLE": WHOLE, "LAST": LAST}.items():
+    for name, value in {"LEAST": LEAST, "FIRST": FIRST, "WHOLE": WHOLE, "LAST": LAST}.items():
         monkeypatch.setattr(shares, name, value)
+    monkeypatch.setattr(partial_sums, "STORING", STORING)
+    monkeypatch.setattr(shares, "part_begins", partial_sums.part_begins.fn)
     monkeypatch.setattr(shares, "share_begins", shares.share_begins.fn)
     monkeypatch.setattr(shares, "pieces_of", shares.pieces_of.fn)
 
@@ -156,8 +158,8 @@ def check_sums(work: Work) -> None:
     assert sorted(piece.tile for piece in ended) == sorted(stored)
     for piece in ended:
         assert piece.first + piece.count == work.blocks
-        assert work.of(piece.program)[1:3] == (piece.tile - work.whole, piece.first)  # by which first_of_tile goes
         shared, mine = work.tiles - work.whole, work.of(piece.program)
+        assert mine[1:3] == (piece.tile - work.whole, piece.first)  # by which first_of_tile goes
         first = shares.first_of_tile.fn(piece.program, work.programs, shared, work.blocks, mine)
         assert list(range(first, piece.program)) == stored[piece.tile]
 

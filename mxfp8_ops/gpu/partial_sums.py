@@ -30,6 +30,14 @@ STORING = gl.constexpr(2)
 _ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b64 $0, [$1];")
 
 
+@gluon.jit
+def part_begins(part, parts, blocks):
+    """The block of K with which one of equal parts of a tile begins. The last part is longer by what the others take to
+    store their sums: who has it waits for them.
+    """
+    return part * (blocks - STORING) // parts
+
+
 def memory(slots: int, size: int, device: torch.device) -> Tensor:
     """Slots for sums of tiles of so many elements, and for what is said of each: int32."""
     return torch.empty(slots * (size + 2), dtype=torch.int32, device=device)

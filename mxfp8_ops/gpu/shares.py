@@ -14,7 +14,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .partial_sums import STORING
+from .partial_sums import part_begins
 
 FIRST = gl.constexpr(-1)
 WHOLE = gl.constexpr(0)
@@ -28,13 +28,12 @@ LEAST = gl.constexpr(3)
 def share_begins(program, programs, shared, blocks):
     """Where the share of a program begins in a row of ``shared`` tiles of ``blocks`` each.
 
-    Where every tile has as many programs, they begin it at the same time. The last one is given more to do, by what the
-    others take to store their sums: it would wait for them.
+    Where every tile has as many programs, they have equal parts of it, with which they begin at the same time.
     """
     begin = program * (shared * blocks) // programs
     parts = programs // shared
     if (parts > 1) & (parts * shared == programs):
-        begin = program // parts * blocks + program % parts * (blocks - STORING) // parts
+        begin = program // parts * blocks + part_begins(program % parts, parts, blocks)
     within = begin % blocks
     if within < LEAST:
         begin -= within

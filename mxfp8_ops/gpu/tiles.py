@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .partial_sums import STORING
+from .partial_sums import part_begins
 from .versions import load_box
 
 LOADER_REGISTERS = gl.constexpr(24)
@@ -38,14 +38,12 @@ def wait_for_kernel_before():
 
 @gluon.jit
 def part_of_tile(blocks, parts):
-    """This program's tile, which of its parts, that part's first block of K, and how many it has. Who has the last part
-    waits for the others, and adds their sums: it is longer by what they take to store them.
-    """
+    """This program's tile, which of its parts, that part's first block of K, and how many it has."""
     program = gl.program_id(0)
     part = program % parts
-    first = part * (blocks - STORING) // parts
-    end = (part + 1) * (blocks - STORING) // parts
-    return program // parts, part, first, gl.where(part == parts - 1, blocks, end) - first
+    first = part_begins(part, parts, blocks)
+    end = gl.where(part == parts - 1, blocks, part_begins(part + 1, parts, blocks))
+    return program // parts, part, first, end - first
 
 
 @gluon.jit
