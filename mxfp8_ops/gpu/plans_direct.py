@@ -2,14 +2,14 @@
 
 A model of its time chooses. A multiprocessor runs some programs at once, and begins the next one when one of them ends.
 As long as there are many, what they take is what their bytes take; where few are left, or many warps share few blocks
-of K, it is how long one program waits for its loads.
+of K, it is how long one program waits for its loads; in between a little more than either.
 
-The tables were fitted to times of an H200 (132 multiprocessors): first of all so that the model prefers fast kinds. For
-up to four rows they are those of weights of 80 shapes, from 512x4096 to 151936x2048. The model's choice took 1.009
-times as long as the fastest of 16 kinds on average, 1.07 times at worst; tables that were fitted without a fifth of the
-shapes chose kinds for those that took 1.02 times as long. Since then what is left of K after whole turns goes to all
-warps: on 12 shapes the same tables choose kinds that take 1.004 times as long, 1.02 at worst. For up to eight rows see
-``plans``.
+The tables were fitted to times of an H200 (132 multiprocessors) with 1, 4 and 8 rows of x and weights of 89 shapes,
+from 256x4096 to 151936x2048: first of all so that the model prefers fast kinds. Each time was one of 450 MB of weights
+in turn: of 300 MB, the cache still has some when they come again, since loads that are to be evicted first make room
+for each other, and kinds differ in how much. For up to four rows the model's choice took 1.005 times as long as the
+fastest of 17 kinds on average, 1.09 times at worst; for eight rows 1.007 and 1.14 times as long as the fastest of 11
+kinds and of the plans of other kernels. For quarters of the shapes without which it was fitted 1.01 on average.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Direct:
 class Cost:
     """Microseconds that a kind takes: ``start`` to begin and to end, and ``wave`` whenever the programs of a
     multiprocessor have been replaced by the next ones. For every turn those take ``turn``, which is waiting, or for
-    every block of 128 elements of K ``each`` for each program, which is reading, whichever is more.
+    every block of 128 elements of K ``each`` for each program, which is reading: the norm of the two, ``OVERLAP``.
     """
 
     start: float
@@ -65,35 +65,50 @@ class Cost:
 
 
 FOUR: dict[Direct, Cost] = {
-    Direct(4, 1, 16, 2): Cost(2.305, 0.489, 1.161, 0.03412),
-    Direct(4, 2, 16, 2): Cost(0.793, 0.744, 2.721, 0.06513),
-    Direct(4, 1, 8, 2): Cost(3.012, 0.077, 0.591, 0.03415),
-    Direct(4, 2, 8, 1): Cost(1.368, 0.78, 1.086, 0.06165),
-    Direct(4, 2, 8, 2): Cost(2.111, 0.118, 2, 0.06684),
-    Direct(4, 2, 4, 2): Cost(0.793, 1.638, 2.016, 0.05899),
-    Direct(4, 2, 4, 2, 80): Cost(3.196, 0, 0.882, 0.06469),
-    Direct(4, 2, 2, 1): Cost(0.097, 2.701, 0.955, 0.05969),
+    Direct(4, 1, 16, 2): Cost(1.4168, 0.0658, 1.6882, 0.0384),
+    Direct(4, 2, 16, 2): Cost(0.6333, 0.0854, 2.8874, 0.072),
+    Direct(4, 2, 16, 1): Cost(0.827, 0.6586, 1.5565, 0.0599),
+    Direct(4, 1, 8, 2): Cost(1.5863, 0.1624, 1.002, 0.0354),
+    Direct(4, 1, 8, 1): Cost(0.862, 0.5472, 0.8561, 0.0295),
+    Direct(4, 2, 8, 1): Cost(1.0537, 1.4345, 1.0618, 0.0591),
+    Direct(4, 1, 4, 2): Cost(1.5286, 0.0703, 0.9505, 0.0329),
+    Direct(4, 1, 4, 1): Cost(1.1013, 0.3275, 0.7389, 0.0308),
+    Direct(4, 2, 4, 2): Cost(0.9066, 0.256, 1.7934, 0.0638),
+    Direct(4, 2, 2, 1): Cost(0.1356, 2.1379, 0.711, 0.0593),
 }
 """For up to four rows."""
 
 EIGHT: dict[Direct, Cost] = {
-    Direct(8, 1, 16, 2): Cost(0.928, 1.01, 1.746, 0.05533),
-    Direct(8, 2, 8, 1): Cost(0.796, 0.96, 1.655, 0.06479),
-    Direct(8, 2, 8, 2, 80): Cost(2.284, 1.047, 0.981, 0.09011),
-    Direct(8, 2, 4, 1): Cost(0, 1.609, 1.579, 0.05787),
-    Direct(8, 2, 4, 2, 80): Cost(2.641, 0.243, 2.176, 0.06997),
+    Direct(8, 1, 16, 2): Cost(1.4221, 0.0596, 1.7277, 0.0647),
+    Direct(8, 1, 16, 1): Cost(1.4743, 0.6047, 1.3817, 0.0277),
+    Direct(8, 2, 16, 1): Cost(1.205, 1.9904, 1.5653, 0.0585),
+    Direct(8, 1, 8, 1): Cost(0.9635, 1.1374, 0.8037, 0.046),
+    Direct(8, 2, 8, 1): Cost(1.1749, 1.6381, 1.7802, 0.0401),
+    Direct(8, 2, 8, 2, 80): Cost(2.0778, 0.767, 1.7007, 0.0701),
+    Direct(8, 2, 4, 1): Cost(0.0666, 1.5573, 1.4239, 0.0558),
+    Direct(8, 2, 4, 2, 80): Cost(0.0551, 1.718, 2.2921, 0.0592),
 }
 """For up to eight."""
 
 COSTS = FOUR | EIGHT
 
 
+OVERLAP = 4
+"""Exponent of the norm of waiting and reading: infinite, and only the longer of the two would count."""
+
+REST = 0.7
+"""Of a turn with more blocks of K than one for each warp: what one with a single block takes."""
+
+WORKING = 0.75
+"""Of a program's warps, which have work at least: kinds with fewer were not measured."""
+
+
 def directs(m: int, k: int) -> list[Direct]:
-    """The kinds for so many rows, up to eight, whose warps all have work, or for more than four rows three quarters of
-    them: others were not measured. With too few blocks of K, those of which the fewest have none.
+    """The kinds for so many rows, up to eight, three quarters of whose warps have work. With too few blocks of K, those
+    of which the fewest have none.
     """
-    kinds, working = (FOUR, 1.0) if m <= 4 else (EIGHT, 0.75)
-    most = max(divided(k, 128) / working, min(kind.together for kind in kinds))
+    kinds = FOUR if m <= 4 else EIGHT
+    most = max(divided(k, 128) / WORKING, min(kind.together for kind in kinds))
     return [kind for kind in kinds if kind.together <= most]
 
 
@@ -108,5 +123,12 @@ def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
 def _wave(kind: Direct, programs: float, k: int) -> float:
     """As many programs of a multiprocessor, at the same time."""
     cost = COSTS[kind]
-    waiting = divided(k, 128 * kind.together) * cost.turn
-    return max(waiting, programs * (k / 128) * cost.each) + cost.wave
+    waiting = _turns(kind, k) * cost.turn
+    reading = programs * (k / 128) * cost.each
+    return float((waiting**OVERLAP + reading**OVERLAP) ** (1 / OVERLAP) + cost.wave)
+
+
+def _turns(kind: Direct, k: int) -> float:
+    """Whole turns, and what is left of K after them, of which a warp takes one block at a time."""
+    whole, left = divmod(divided(k, 128), kind.together)
+    return whole + divided(left, kind.warps) * (1 if kind.blocks == 1 else REST)
