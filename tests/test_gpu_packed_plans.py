@@ -55,14 +55,15 @@ def all_plans(m: int, n: int, k: int, packed: bool) -> list[plans.Plan]:
 
 @HOPPER
 @FORM
+@pytest.mark.parametrize(("n", "k"), [(33, 96), (1000, 4128), (1000, 4224), (1000, 6432)])
 @pytest.mark.parametrize("m", [1, 8, 16, 27, 50, 100, 128, 300])
 @pytest.mark.usefixtures("poisoned")
-def test_every_plan_gives_the_same_right_bits_again_and_again(m: int, packed: bool) -> None:
-    for n, k in ((33, 96), (1000, 4128), (1000, 4224), (1000, 6432)) if packed else ((33, 128), (1000, 4096)):
-        x, on_chip, bias, expected = problem(m, n, k, torch.bfloat16, packed)
-        for plan in all_plans(m, n, k, packed):
-            for _ in range(5):
-                assert_same(run_guarded(plan, x, on_chip, bias, n), expected)
+def test_every_plan_gives_the_same_right_bits_again_and_again(m: int, n: int, k: int, packed: bool) -> None:
+    k = k if packed else max(128, k // 128 * 128)
+    x, on_chip, bias, expected = problem(m, n, k, torch.bfloat16, packed)
+    for plan in all_plans(m, n, k, packed):
+        for _ in range(5):
+            assert_same(run_guarded(plan, x, on_chip, bias, n), expected)
 
 
 @HOPPER

@@ -4,14 +4,14 @@ The model counts how many programs there are for a multiprocessor, so it holds f
 multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors), of packed and of canonical weights:
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
-- From 5 to 256 rows of x to some 1500 times of 21 shapes, 512x8192 to 14336x4096, and to some 10900 that were measured
-  before tiles in parts became faster, of 44 shapes, 512x4096 to 151936x2048. From 9 rows on its choice took 1.004 times
-  as long as the fastest plan on average, 1.09 at worst, up to 8 rows 1.01 and 1.13. For quarters of the shapes without
-  which it was fitted 1.007 times on average, 1.2 at worst.
+- From 9 to 256 rows of x to some 1500 times of 21 shapes, 512x8192 to 14336x4096, and to some 10900 that were measured
+  before tiles in parts became faster, of 44 shapes, 512x4096 to 151936x2048. Its choice took 1.004 times as long as the
+  fastest plan on average, 1.09 at worst; for quarters of the shapes without which it was fitted 1.007 times on average,
+  1.2 at worst.
 - ``wide``, from 160 rows on, to some 690 times of 18 shapes, 1024x4096 to 8192x28672, up to 8192 rows, among them those
   of the best other plans: 1.001 times on average, 1.06 at worst; for quarters of the shapes without which it was fitted
   1.003 on average.
-- Up to four rows, packed, see ``plans_direct``.
+- Up to eight rows, packed, see ``plans_direct``.
 """
 
 from __future__ import annotations
