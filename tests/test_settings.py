@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -64,6 +65,23 @@ def test_what_is_off_by_default_understands_the_same_words(
     monkeypatch.setenv(name, "2")
     with pytest.raises(ValueError, match=f"^{name} must be 1/true/yes/on or 0/false/no/off, got '2'$"):
         setting()
+
+
+@pytest.mark.parametrize("words", itertools.product((None, "on", "off"), repeat=3), ids=str)
+def test_what_is_launched_depends_on_three_variables_and_on_nothing_where_none_is_set(
+    words: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("MXFP8_KERNELS", "MXFP8_AUTOTUNE", "MXFP8_DEPENDENT_LAUNCH")
+    for name, word in zip(names, words, strict=True):
+        if word is not None:
+            monkeypatch.setenv(name, word)
+    alone = settings.kernels(), settings.autotune(), settings.dependent_launch()
+    assert settings.launch() == (None if words == (None, None, None) else alone)
+    for name in names:
+        with monkeypatch.context() as context:
+            context.setenv(name, "perhaps")
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                settings.launch()
 
 
 @pytest.mark.parametrize(("first", "second"), [("on", "off"), ("off", "on"), ("on", "nonsense")])

@@ -47,7 +47,7 @@ def again(name: str, tensors: Tensors, extra: Hashable = None) -> Tensor | None:
         tensors: all its tensors, not yet checked; they are not wrapped or lazy in any way.
         extra: its other arguments.
     """
-    if not _replays or not settings.kernels():
+    if not _replays:
         return None
     replay = _replays.get(_problem(name, tensors, extra))
     return None if replay is None else replay(tensors)
@@ -91,12 +91,12 @@ def _remember(problem: Hashable, times: int) -> None:
 
 def _problem(name: str, tensors: Tensors, extra: Hashable) -> Hashable:
     """Everything that decides how a call is computed, but for where its tensors lie."""
-    problem = [name, extra, settings.autotune(), settings.dependent_launch()]
+    problem = [name, extra, settings.launch()]
     for tensor in tensors:
         if tensor is None:
             problem.append(None)
         else:
-            problem += (tensor.shape, tensor.dtype, tensor.device)
+            problem += (tensor.shape, tensor.dtype, tensor.get_device())
     return tuple(problem)
 
 
