@@ -54,7 +54,7 @@ def mxfp8_linear_direct(
     SIZES: gl.constexpr = (ROWS, TILES, WARPS, BLOCKS)
     total, marked = _products(x, packed, mark, M, K, SIZES, MMA, DTYPE, FOR_FLOAT16, RAGGED_K, False)
     if marked != 0:
-        total, _ = _products(x, packed, mark, M, K, SIZES, MMA, DTYPE, FOR_FLOAT16, RAGGED_K, True)
+        total, _ = _products(x, packed, mark, M, K, SIZES, MMA, DTYPE, FOR_FLOAT16, True, True)
     total = _sums(total, ROWS, TILES, WARPS)
     LAYOUT: gl.constexpr = total.type.layout
     tile = gl.program_id(0) * TILES + places_along(TILES, 0, 4, LAYOUT)
@@ -86,7 +86,7 @@ def _products(
     total = gl.zeros([SIZES[2], TILES * 16, 2 * ROWS], gl.float32, MMA)
     marked = 0
     done = 0
-    if not EXACT:  # which is rare: the loop for what is left does for all of K
+    if not EXACT:  # which is rare: all of K is left to the second loop
         words, scales, pairs = _places(x, packed, M, K, SIZES, MMA)
         for _ in range(K // (TOGETHER * 128)):
             total, marked = _turn(words, scales, pairs, mark, 0, total, SIZES, MMA, DTYPE, FOR_FLOAT16, False, False)
@@ -94,7 +94,7 @@ def _products(
             scales += TOGETHER * _BLOCK
             pairs += TOGETHER * 64
         done = K // (TOGETHER * 128) * TOGETHER
-    if RAGGED or EXACT:  # a block of each warp in a turn, so that all have something to do as long as possible
+    if RAGGED:  # a block of each warp in a turn, so that all have something to do as long as possible
         REST: gl.constexpr = (ROWS, TILES, SIZES[2], 1)
         words, scales, pairs = _places(x + done * 64, packed + done * _BLOCK, M, K, REST, MMA)
         for left in range(K // 32 - done * 4, 0, -4 * SIZES[2]):

@@ -92,7 +92,6 @@ EIGHT: dict[Direct, Cost] = {
 
 COSTS = FOUR | EIGHT
 
-
 OVERLAP = 4
 """Exponent of the norm of waiting and reading: infinite, and only the longer of the two would count."""
 
