@@ -76,6 +76,6 @@ def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(count: int) 
 def test_a_tile_comes_back_in_its_order(rows: int) -> None:
     for columns in (64, 128):
         tile = array(torch.randn(columns, rows))
-        flat = partial_sums._in_order_of_registers(tile)
+        flat = partial_sums.in_order_of_registers(tile)
         assert flat.shape == (columns * rows,)
-        assert torch.equal(partial_sums._as_before(flat, tile).as_subclass(Tensor), tile.as_subclass(Tensor))
+        assert torch.equal(partial_sums.as_before(flat, tile).as_subclass(Tensor), tile.as_subclass(Tensor))

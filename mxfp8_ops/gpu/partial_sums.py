@@ -46,7 +46,7 @@ def memory(slots: int, size: int, device: torch.device) -> Tensor:
 @gluon.jit
 def store_sums(total, partial, slot):
     """Stores a tile of float32 for another program, which ``say_stored`` tells."""
-    flat = _in_order_of_registers(total)
+    flat = in_order_of_registers(total)
     gl.store(_place(partial, slot, flat), flat.to(gl.int32, bitcast=True))
 
 
@@ -63,9 +63,9 @@ def add_stored(total, partial, stored, first, count, slots):
     for begin in range(0, count, 32):
         _wait_for(words + begin, stored, gl.minimum(count - begin, 32))
     for n in range(count):
-        flat = _in_order_of_registers(total)
+        flat = in_order_of_registers(total)
         flat += gl.load(_place(partial, first + n, flat), cache_modifier=".cg").to(gl.float32, bitcast=True)
-        total = _as_before(flat, total)
+        total = as_before(flat, total)
     return total
 
 
@@ -98,7 +98,7 @@ def _words(partial, slots, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _in_order_of_registers(total):
+def in_order_of_registers(total):
     """A tile ``[BN, BM]`` in the layout of the matrix instruction as one row: four elements of a lane follow each
     other, and then those of the next lane.
     """
@@ -109,7 +109,7 @@ def _in_order_of_registers(total):
 
 
 @gluon.jit
-def _as_before(flat, total):
+def as_before(flat, total):
     """The row as a tile again, like ``total``."""
     BN: gl.constexpr = total.shape[0]
     BM: gl.constexpr = total.shape[1]

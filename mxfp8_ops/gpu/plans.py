@@ -4,13 +4,10 @@ The model counts how many programs there are for a multiprocessor, so it holds f
 multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors), of packed and of canonical weights:
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
-- From 9 to 256 rows of x to some 1500 times of 21 shapes, 512x8192 to 14336x4096, and to some 10900 that were measured
-  before tiles in parts became faster, of 44 shapes, 512x4096 to 151936x2048. Its choice took 1.004 times as long as the
-  fastest plan on average, 1.09 at worst; for quarters of the shapes without which it was fitted 1.007 times on average,
-  1.2 at worst.
-- ``wide``, from 160 rows on, to some 690 times of 18 shapes, 1024x4096 to 8192x28672, up to 8192 rows, among them those
-  of the best other plans: 1.001 times on average, 1.06 at worst; for quarters of the shapes without which it was fitted
-  1.003 on average.
+- From 9 rows of x on to some 2000 times of 27 shapes, 1024x4096 to 8192x28672 and 37888x3584, with 16 to 1024 rows,
+  beginning with what had been fitted to some 12000 times of earlier kernels, of 44 shapes up to 151936x2048. Its choice
+  took 1.0024 times as long as the fastest plan on average, 1.06 at worst; for sixths of the shapes without which it was
+  fitted 1.005 times on average, 1.09 at worst.
 - Up to eight rows, packed, see ``plans_direct``.
 """
 
@@ -100,17 +97,20 @@ class Cost:
 
 
 TABLE: dict[Skinny, Cost] = {
-    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0499, 0.1004), (0.1907, 0.2165), 3.002, 0.419, 1.483),
-    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.022, 0), (0.1909, 0.2506), 4.482, 0.777, 1.295),
-    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0059, 0.0015), (0.4344, 0.5441), 3.305, 1.556, 1.161),
-    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1318, 0.1543), (0.1691, 0.1973), 3.297, 0.54, 0.67),
-    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2427, 0.282), 4.436, 0.474, 0.547),
-    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.1994, 0.1761), (0.1709, 0.2701), 3.091, 0.571, 0.322),
-    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2575, 0.3393), 4.253, 0.704, 0.248),
-    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.4971, 0.5887), 5.429, 0.779, 0.317),
-    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4006, 0.4545), 4.933, 0.808, 0.182),
-    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.669, 0.7709), 5.727, 1.4, 0.102),
+    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0497, 0.0992), (0.187, 0.2054), 2.664, 0.416, 1.573),
+    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0221, 0), (0.1964, 0.2577), 3.951, 0.748, 1.238),
+    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0059, 0.0015), (0.4335, 0.5331), 2.989, 1.467, 1.107),
+    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1314, 0.1531), (0.1679, 0.1939), 2.68, 0.519, 0.617),
+    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2368, 0.2769), 3.516, 0.476, 0.559),
+    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.196, 0.1759), (0.1646, 0.2673), 2.891, 0.595, 0.319),
+    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2748, 0.3379), 3.555, 0.652, 0.234),
+    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.4964, 0.572), 4.076, 0.706, 0.255),
+    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4059, 0.4587), 3.437, 0.724, 0.156),
+    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.6793, 0.8278), 4.168, 1.316, 0.095),
 }
+
+PART = 20e-6
+"""More of the same for each element of a tile and every part of it but one: they are added one after the other."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class WideCost:
     part: float
 
 
-WIDE = WideCost(1.29, 2.4, 3, 5, 1.35, 2.9), WideCost(1.375, 2.35, 2.85, 4.3, 1.4, 2.7)
+WIDE = WideCost(1.255, 2.493, 3.056, 5.098, 1.394, 3.099), WideCost(1.365, 2.283, 2.761, 4.189, 1.368, 2.494)
 """For weights that are packed and canonical."""
 
 APART = 1.02
@@ -145,8 +145,8 @@ SHARE = 8
 NARROW: dict[Narrow, Cost] = {
     Narrow(8, 4, 4): Cost(1, (0.003,), (0.12,), 2.802),
     Narrow(8, 1, 4): Cost(8, (0.2655,), (0.078,), 3.085),
-    Narrow(16, 4, 4): Cost(1, (0.0185,), (0.1142,), 3.195),
-    Narrow(16, 1, 4): Cost(6, (0.3823,), (0.0606,), 2.462),
+    Narrow(16, 4, 4): Cost(1, (0.0184,), (0.1118,), 3.166),
+    Narrow(16, 1, 4): Cost(6, (0.3805,), (0.0606,), 2.471),
 }
 """Of packed weights, and never in parts."""
 
@@ -180,8 +180,9 @@ def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: 
     programs = tiles * choice.parts
     time = _programs(cost, programs, blocks / choice.parts, processors, packed)
     if choice.parts > 1:
-        megabytes = programs * choice.columns * choice.rows * 8e-6  # float32, stored and read
-        time += cost.add + cost.megabyte * megabytes
+        size = choice.columns * choice.rows
+        megabytes = programs * size * 8e-6  # float32, stored and read
+        time += cost.add + cost.megabyte * megabytes + PART * size * (choice.parts - 1)
     return time
 
 

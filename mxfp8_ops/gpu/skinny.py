@@ -4,6 +4,8 @@ One warp of a program only loads: TMA brings stages of 128 elements of K to shar
 each consumer, and of x. Consumers, of four warps each, decode the weight into registers and multiply it by x, with the
 weight as operand A, so that the few rows of x are the narrow side of the matrix instruction. R consumers stand next to
 each other along N; S of them share the stages in turn along K and add up their sums through shared memory in the end.
+What comes before the first load and after the last product counts as much as the loop does for small weights: the first
+stage is loaded before the warp that loads has begun.
 
 Where tiles do not fill the chip, they are cut along K as well: see ``tiles``.
 """
@@ -21,9 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
-from .partial_sums import add_stored, say_stored, store_sums
+from .partial_sums import add_stored, as_before, in_order_of_registers, say_stored, store_sums
 from .tiles import (
     LOADER_REGISTERS,
+    TRANSPOSED,
     advance,
     load_rows,
     part_of_tile,
@@ -31,7 +34,7 @@ from .tiles import (
     store_tile,
     wait_for_kernel_before,
 )
-from .versions import barrier, load_box
+from .versions import barrier, load_box, reinterpret
 
 
 @gluon.jit(do_not_specialize=["M", "parts", "stored"])
@@ -57,6 +60,7 @@ def mxfp8_linear_skinny(
     BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
+    gl.static_assert(STAGES % S == 0)  # a stage is always the same consumers': they count how often it was filled
     blocks = (K + 127) // 128
     tile, part, first, steps = part_of_tile(blocks, parts)
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
@@ -74,7 +78,7 @@ def mxfp8_linear_skinny(
         mbarrier.init(empty.index(i), count=R)
     # What is allocated and never used may be given to others while it is live: only with S > 1 is there a `summed`.
     if S > 1:
-        sums = gl.allocate_shared_memory(gl.float32, [(S - 1) * R, 64, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        sums = gl.allocate_shared_memory(gl.float32, [(S - 1) * R, 64 * BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         summed = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(R):
             mbarrier.init(summed.index(i), count=S - 1)
@@ -89,6 +93,8 @@ def mxfp8_linear_skinny(
     result = (bias, out, partial, stored.to(gl.int64), sums, summed, M, N, row, column, part, parts)
     work = (M, row, column // 64, first, steps, blocks)
     config: gl.constexpr = (PACKED, BM, R, S, STAGES, BOX, HAS_BIAS)
+    if steps > 0:  # at once: it takes a moment until the warp that loads has begun
+        _fill(x, elements, scales, stages, work, first, 0, config)
     if R * S == 1:
         gl.warp_specialize(
             [
@@ -124,36 +130,45 @@ def mxfp8_linear_skinny(
 
 @gluon.jit
 def _load(x, elements, scales, stages, work, config: gl.constexpr):
-    """The one warp that loads: fills a stage as soon as its consumers have left it."""
-    x_stages, element_stages, scale_stages, full, empty = stages
-    M, row, block_row, first, steps, blocks = work
+    """The one warp that loads: fills a stage as soon as its consumers have left it, but the first one, which is on its
+    way.
+    """
+    empty = stages[4]
+    first, steps = work[3], work[4]
+    STAGES: gl.constexpr = config[4]
+    stage = 1
+    phase = 1
+    for step in range(first + 1, first + steps):
+        mbarrier.wait(empty.index(stage), phase)
+        _fill(x, elements, scales, stages, work, step, stage, config)
+        stage, phase = advance(stage, phase, 1, STAGES)
+
+
+@gluon.jit
+def _fill(x, elements, scales, stages, work, step, stage, config: gl.constexpr):
+    """Has TMA fill a stage with a block of K."""
+    x_stages, element_stages, scale_stages, full, _ = stages
+    M, row, block_row, _, _, blocks = work
     PACKED: gl.constexpr = config[0]
     BM: gl.constexpr = config[1]
     R: gl.constexpr = config[2]
-    STAGES: gl.constexpr = config[4]
-    BOX: gl.constexpr = config[5]
-    stage = 0
-    phase = 1
-    for step in range(first, first + steps):
-        mbarrier.wait(empty.index(stage), phase)
-        ready = full.index(stage)
-        mbarrier.expect(ready, R * (128 * 64 + 64 * 4 * (PACKED > 0)) + BM * 128 * 2)
-        for r in gl.static_range(R):
-            into = stage * R + r
-            if PACKED:
-                block = ((block_row + r) // 2 * blocks + step) * 132  # of 128 rows: two tiles
-                upper = (block_row + r) % 2
-                at = [block + upper * 32, 0]
-                second = [block + 64 + upper * 32, 0]
-                load_box(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(into))
-            else:
-                at = [(block_row + r) * 64, step * 32]
-                second = [(block_row + r) * 64, step * 32 + 16]
-            load_box(elements, at, ready, element_stages.index(into * 2))
-            load_box(elements, second, ready, element_stages.index(into * 2 + 1))
-        for half in gl.static_range(2):
-            load_rows(x, row, M, step * 128 + half * 64, ready, x_stages.index(stage * 2 + half), BOX)
-        stage, phase = advance(stage, phase, 1, STAGES)
+    ready = full.index(stage)
+    mbarrier.expect(ready, R * (128 * 64 + 64 * 4 * (PACKED > 0)) + BM * 128 * 2)
+    for r in gl.static_range(R):
+        into = stage * R + r
+        if PACKED:
+            block = ((block_row + r) // 2 * blocks + step) * 132  # of 128 rows: two tiles
+            upper = (block_row + r) % 2
+            at = [block + upper * 32, 0]
+            second = [block + 64 + upper * 32, 0]
+            load_box(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(into))
+        else:
+            at = [(block_row + r) * 64, step * 32]
+            second = [(block_row + r) * 64, step * 32 + 16]
+        load_box(elements, at, ready, element_stages.index(into * 2))
+        load_box(elements, second, ready, element_stages.index(into * 2 + 1))
+    for half in gl.static_range(2):
+        load_rows(x, row, M, step * 128 + half * 64, ready, x_stages.index(stage * 2 + half), config[5])
 
 
 @gluon.jit
@@ -179,13 +194,15 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
         total = _products(stages, scales, steps, r, s, MMA, False, config)
     if S > 1:
         if s > 0:
-            sums.index((s - 1) * R + r).store(total)
+            sums.index((s - 1) * R + r).store(in_order_of_registers(total))
             barrier()
             mbarrier.arrive(summed.index(r))
         else:
             mbarrier.wait(summed.index(r), 0)
+            flat = in_order_of_registers(total)
             for i in gl.static_range(S - 1):
-                total += sums.index(i * R + r).load(MMA)
+                flat += sums.index(i * R + r).load(flat.type.layout)
+            total = as_before(flat, total)
     if s == 0:
         slots = gl.num_programs(0) * R
         slot = r * gl.num_programs(0) + gl.program_id(0)
@@ -196,7 +213,20 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
         else:
             if parts > 1:
                 total = add_stored(total, partial, stored, slot - part, part, slots)
-            store_tile(total, bias, out, M, N, row, column + r * 64, BOX, HAS_BIAS)
+            scratch = _scratch(stages, r, R)
+            store_tile(total, bias, out, M, N, row, column + r * 64, scratch, BM // 32, BOX, HAS_BIAS)
+
+
+@gluon.jit
+def _scratch(stages, r: gl.constexpr, R: gl.constexpr):
+    """Memory for ``[32, 64]`` results, four times: halves of two stages of elements, whose consumer has left them."""
+    x_stages, element_stages, _, _, _ = stages
+    DTYPE: gl.constexpr = x_stages.dtype
+    one = reinterpret(element_stages.index(r * 2), DTYPE, [32, 64], TRANSPOSED)
+    two = reinterpret(element_stages.index(r * 2 + 1), DTYPE, [32, 64], TRANSPOSED)
+    three = reinterpret(element_stages.index((R + r) * 2), DTYPE, [32, 64], TRANSPOSED)
+    four = reinterpret(element_stages.index((R + r) * 2 + 1), DTYPE, [32, 64], TRANSPOSED)
+    return one, two, three, four
 
 
 @gluon.jit

@@ -20,6 +20,9 @@ from .versions import load_box
 LOADER_REGISTERS = gl.constexpr(24)
 """Of a lane of the warp that only loads."""
 
+TRANSPOSED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+"""Of shared memory through which a tile goes when it is stored."""
+
 GROUP = gl.constexpr(4)
 """Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
 
@@ -38,23 +41,41 @@ def wait_for_kernel_before():
 
 @gluon.jit
 def part_of_tile(blocks, parts):
-    """This program's tile, which of its parts, that part's first block of K, and how many it has."""
-    program = gl.program_id(0)
-    part = program % parts
-    first = part_begins(part, parts, blocks)
-    end = gl.where(part == parts - 1, blocks, part_begins(part + 1, parts, blocks))
-    return program // parts, part, first, end - first
+    """This program's tile, which of its parts, that part's first block of K, and how many it has.
+
+    Divisions are left out where they can be, here and below: nothing is loaded before they are done.
+    """
+    tile = gl.program_id(0)
+    part = 0
+    first = 0
+    count = blocks
+    if parts > 1:
+        part = tile % parts
+        tile = tile // parts
+        first = part_begins(part, parts, blocks)
+        count = gl.where(part == parts - 1, blocks, part_begins(part + 1, parts, blocks)) - first
+    return tile, part, first, count
 
 
 @gluon.jit
 def place_of_tile(tile, M, N, BM: gl.constexpr, BN: gl.constexpr):
     """The first row and column of a tile in the result."""
     down = (M + BM - 1) // BM
-    across = (N + BN - 1) // BN
-    group = tile // (GROUP * across)
-    height = gl.minimum(down - group * GROUP, GROUP)
-    within = tile - group * (GROUP * across)
-    return (group * GROUP + within % height) * BM, within // height * BN
+    group = 0
+    if down > GROUP:
+        across = (N + BN - 1) // BN
+        group = tile // (GROUP * across)
+        tile -= group * (GROUP * across)
+    first = group * GROUP
+    height = gl.minimum(down - first, GROUP)
+    column = _divided_by_few(tile, height)
+    return (first + tile - column * height) * BM, column * BN
+
+
+@gluon.jit
+def _divided_by_few(number, few):
+    """A number below 2**31 divided by 1, 2, 3 or 4."""
+    return gl.where(few == 3, gl.umulhi(number, (2**32 + 2) // 3), number >> (few >> 1))
 
 
 def box_rows(rows: int, m: int) -> int:
@@ -90,46 +111,45 @@ def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def store_tile(total, bias, out, M, N, row, column, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """A float32 tile ``[BN, BM]`` plus bias, rounded and transposed, to its place in ``out [M, N]``."""
+def store_tile(
+    total, bias, out, M, N, row, column, scratch, PIECES: gl.constexpr, BOX: gl.constexpr, HAS_BIAS: gl.constexpr
+):
+    """A float32 tile ``[BN, BM]`` plus bias, rounded and transposed, to its place in ``out [M, N]``.
+
+    It goes in 1, 2 or 4 pieces of as many rows of x, each through one of ``scratch``, shared memory ``[BM / PIECES,
+    BN]``, all of which may be the same; a small tile, of no pieces, as it stands in registers.
+    """
     BN: gl.constexpr = total.shape[0]
     BM: gl.constexpr = total.shape[1]
-    total = _with_bias(total, bias, N, column, HAS_BIAS)
-    if BM >= 32:
-        tile = gl.convert_layout(gl.permute(total.to(out.dtype.element_ty), (1, 0)), _stored_rows(BN))
-        _store_rows(tile, out, M, N, row, column, 0, BOX)
+    if HAS_BIAS:
+        n = column + gl.arange(0, BN, gl.SliceLayout(1, total.type.layout))
+        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
+    total = total.to(out.dtype.element_ty)
+    if PIECES == 0:
+        _store_rows(gl.permute(total, (1, 0)), out, M, N, row, column, 0, BOX)
     else:
-        LAYOUT: gl.constexpr = total.type.layout
-        m, stored = rows_of_result(gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :], row, M, BOX)
-        n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))[:, None]
-        gl.store(out + m.to(gl.int64) * N + n, total.to(out.dtype.element_ty), mask=stored & (n < N))
+        pieces = _pieces(total, PIECES)
+        for i in gl.static_range(PIECES):
+            scratch[i].store(gl.permute(pieces[i], (1, 0)))
+            _store_rows(scratch[i].load(_stored_rows(BN)), out, M, N, row, column, BM // PIECES * i, BOX)
 
 
 @gluon.jit
-def store_quarters(total, bias, out, M, N, row, column, scratch, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """The same, a quarter of the tile's rows of x at a time, each through shared memory ``scratch [BM / 4, BN]``."""
-    BN: gl.constexpr = total.shape[0]
-    BM: gl.constexpr = total.shape[1]
-    total = _with_bias(total, bias, N, column, HAS_BIAS).to(out.dtype.element_ty)
-    halves = gl.split(gl.permute(gl.reshape(total, [BN, 2, BM // 2]), (0, 2, 1)))
-    for i in gl.static_range(4):
-        quarter = gl.split(gl.permute(gl.reshape(halves[i // 2], [BN, 2, BM // 4]), (0, 2, 1)))[i % 2]
-        scratch.store(gl.permute(quarter, (1, 0)))
-        _store_rows(scratch.load(_stored_rows(BN)), out, M, N, row, column, BM // 4 * i, BOX)
+def _pieces(tile, COUNT: gl.constexpr):
+    """A tile ``[BN, BM]`` as COUNT tiles ``[BN, BM / COUNT]``."""
+    BN: gl.constexpr = tile.shape[0]
+    BM: gl.constexpr = tile.shape[1]
+    if COUNT == 1:
+        return (tile,)
+    else:
+        one, other = gl.split(gl.permute(gl.reshape(tile, [BN, 2, BM // 2]), (0, 2, 1)))
+        return _pieces(one, COUNT // 2) + _pieces(other, COUNT // 2)
 
 
 @gluon.constexpr_function
 def _stored_rows(columns):
     """A layout in which a lane has 16 bytes of a row."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [columns // 16, 1], [1, 0])
-
-
-@gluon.jit
-def _with_bias(total, bias, N, column, HAS_BIAS: gl.constexpr):
-    if HAS_BIAS:
-        n = column + gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))
-        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
-    return total
 
 
 @gluon.jit

@@ -24,7 +24,15 @@ from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
 from .partial_sums import add_stored, say_stored, store_sums
 from .shares import FIRST, LAST, first_of_tile, piece_of, pieces_of, when_to_say, work_of
-from .tiles import LOADER_REGISTERS, advance, load_rows, place_of_tile, store_quarters, wait_for_kernel_before
+from .tiles import (
+    LOADER_REGISTERS,
+    TRANSPOSED,
+    advance,
+    load_rows,
+    place_of_tile,
+    store_tile,
+    wait_for_kernel_before,
+)
 from .versions import barrier, load_box
 
 
@@ -56,7 +64,7 @@ def mxfp8_linear_wide(
     else:
         element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 16], elements.layout)
         scale_stages = element_stages
-    scratch = gl.allocate_shared_memory(out.dtype.element_ty, [BM // 4, 128], gl.NVMMASharedLayout(128, 16, 2))
+    scratch = gl.allocate_shared_memory(out.dtype.element_ty, [BM // 4, 128], TRANSPOSED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -69,10 +77,14 @@ def mxfp8_linear_wide(
     problem = (M, N, (K + 127) // 128, tiles, whole)
     result = (bias, out, partial, stored.to(gl.int64), scratch)
     config: gl.constexpr = (PACKED, BM, STAGES, BOX, HAS_BIAS)
+    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, problem[2])
+    row, column, first, _, _ = _piece(0, work, problem, config)
+    if pieces_of(work) > 0:  # at once: it takes a moment until the warp that loads has begun
+        _fill(x, elements, scales, stages, problem, row, column, first * 2, 0, config)
     gl.warp_specialize(
         [
-            (_consume, (stages, packed, scales, problem, result, config)),
-            (_load, (x, elements, scales, stages, problem, config)),
+            (_consume, (stages, packed, scales, work, problem, result, config)),
+            (_load, (x, elements, scales, stages, work, problem, config)),
         ],
         [1],
         [LOADER_REGISTERS],
@@ -80,17 +92,9 @@ def mxfp8_linear_wide(
 
 
 @gluon.jit
-def _work(problem):
-    """What this program has to do, and how many pieces that is."""
-    _, _, blocks, tiles, whole = problem
-    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, blocks)
-    return work, pieces_of(work)
-
-
-@gluon.jit
 def _piece(n, work, problem, config: gl.constexpr):
-    """The n-th piece of it: the first row and column of its tile, from which block of 128 elements of K on, how many,
-    and whether it is FIRST, WHOLE or LAST. Some piece if there are not as many.
+    """The n-th piece of what this program has to do: the first row and column of its tile, from which block of 128
+    elements of K on, how many, and whether it is FIRST, WHOLE or LAST. Some piece if there are not as many.
     """
     M, N, blocks, tiles, whole = problem
     tile, first, count, part = piece_of(n, gl.program_id(0), gl.num_programs(0), whole, blocks, work)
@@ -99,42 +103,47 @@ def _piece(n, work, problem, config: gl.constexpr):
 
 
 @gluon.jit
-def _load(x, elements, scales, stages, problem, config: gl.constexpr):
-    """The one warp that loads: fills a stage as soon as it was left."""
-    x_stages, element_stages, scale_stages, full, empty = stages
-    M, _, blocks, _, _ = problem
-    PACKED: gl.constexpr = config[0]
-    BM: gl.constexpr = config[1]
+def _load(x, elements, scales, stages, work, problem, config: gl.constexpr):
+    """The one warp that loads: fills a stage as soon as it was left, but the first one, which is on its way."""
+    empty = stages[4]
     STAGES: gl.constexpr = config[2]
-    BOX: gl.constexpr = config[3]
-    work, pieces = _work(problem)
-    stage = 0
+    stage = 1
     phase = 1
-    for n in range(pieces):
+    for n in range(pieces_of(work)):
         row, column, first, count, _ = _piece(n, work, problem, config)
-        for step in range(first * 2, (first + count) * 2):
+        for step in range(first * 2 + gl.where(n == 0, 1, 0), (first + count) * 2):
             mbarrier.wait(empty.index(stage), phase)
-            ready = full.index(stage)
-            mbarrier.expect(ready, 128 * 64 + 128 * 4 * (PACKED > 0) + BM * 64 * 2)
-            if PACKED:
-                block = (column // 128 * blocks + step // 2) * 132
-                at = [block + step % 2 * 64, 0]
-                load_box(scales, [block + 128, 0], ready, scale_stages.index(stage))
-            else:
-                at = [column, step * 16]
-            load_box(elements, at, ready, element_stages.index(stage))
-            load_rows(x, row, M, step * 64, ready, x_stages.index(stage), BOX)
+            _fill(x, elements, scales, stages, problem, row, column, step, stage, config)
             stage, phase = advance(stage, phase, 1, STAGES)
 
 
 @gluon.jit
-def _consume(stages, packed, scales, problem, result, config: gl.constexpr):
+def _fill(x, elements, scales, stages, problem, row, column, step, stage, config: gl.constexpr):
+    """Has TMA fill a stage with 64 elements of K."""
+    x_stages, element_stages, scale_stages, full, _ = stages
+    M, _, blocks, _, _ = problem
+    PACKED: gl.constexpr = config[0]
+    BM: gl.constexpr = config[1]
+    ready = full.index(stage)
+    mbarrier.expect(ready, 128 * 64 + 128 * 4 * (PACKED > 0) + BM * 64 * 2)
+    if PACKED:
+        block = (column // 128 * blocks + step // 2) * 132
+        at = [block + step % 2 * 64, 0]
+        load_box(scales, [block + 128, 0], ready, scale_stages.index(stage))
+    else:
+        at = [column, step * 16]
+    load_box(elements, at, ready, element_stages.index(stage))
+    load_rows(x, row, M, step * 64, ready, x_stages.index(stage), config[3])
+
+
+@gluon.jit
+def _consume(stages, packed, scales, work, problem, result, config: gl.constexpr):
     """The warps that multiply."""
     _, N, blocks, _, _ = problem
     if config[0] and needs_exact(packed, N, blocks * 128, stages[0].dtype):
-        _exact(stages, problem, result, config)
+        _exact(stages, work, problem, result, config)
     else:
-        _fast(stages, scales, problem, result, config)
+        _fast(stages, scales, work, problem, result, config)
 
 
 @gluon.constexpr_function
@@ -160,7 +169,8 @@ def _finish(n, total, work, problem, result, config: gl.constexpr):
         if part == LAST:
             others = first_of_tile(program, programs, tiles - whole, blocks, work)
             total = add_stored(total, partial, stored, others, program - others, programs)
-        store_quarters(total, bias, out, M, N, row, column, scratch, config[3], config[4])
+        quarters = (scratch, scratch, scratch, scratch)
+        store_tile(total, bias, out, M, N, row, column, quarters, 4, config[3], config[4])
 
 
 @gluon.jit
@@ -178,7 +188,7 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
 
 
 @gluon.jit
-def _fast(stages, scales, problem, result, config: gl.constexpr):
+def _fast(stages, scales, work, problem, result, config: gl.constexpr):
     """All pieces, of blocks of 128 elements, two steps each. A step is decoded one ahead, of whichever piece it is, and
     so are scales of a canonical weight loaded from their ``places``, a block ahead.
     """
@@ -186,7 +196,7 @@ def _fast(stages, scales, problem, result, config: gl.constexpr):
     PACKED: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[2]
     MMA: gl.constexpr = _mma(config[1])
-    work, pieces = _work(problem)
+    pieces = pieces_of(work)
     places = 0
     codes = 0
     if not PACKED:
@@ -237,7 +247,7 @@ def _scale_places(n, scales, work, problem, config: gl.constexpr):
 
 
 @gluon.jit
-def _exact(stages, problem, result, config: gl.constexpr):
+def _exact(stages, work, problem, result, config: gl.constexpr):
     """The same with exact decoding, for packed weights with special codes: rare, so it may take longer. One step after
     the other, on the older matrix instruction: the compiler serializes all of the newer one where two loops use it.
     """
@@ -247,10 +257,9 @@ def _exact(stages, problem, result, config: gl.constexpr):
     STAGES: gl.constexpr = config[2]
     MMA: gl.constexpr = _mma(config[1])
     OLDER: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8])
-    work, pieces = _work(problem)
     stage = 0
     phase = 0
-    for n in range(pieces):
+    for n in range(pieces_of(work)):
         total = gl.zeros([128, config[1]], gl.float32, OLDER)
         for _ in range(_piece(n, work, problem, config)[3]):
             for half in gl.static_range(2):
