@@ -109,6 +109,12 @@ def check_tiled(kernel: plans.Tiled, found: Compiled, folder: Path) -> None:
     check_waits(found)
     check_loads(found)
     check_sums(found)
+    check_start(found)
+
+
+def check_start(found: Compiled) -> None:
+    """That the first stage is on its way before the warp that loads has begun."""
+    assert found.ttgir.index("async_tma_copy_global_to_local") < found.ttgir.index("ttg.warp_specialize")
 
 
 def check_sums(found: Compiled) -> None:
