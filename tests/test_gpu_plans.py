@@ -204,7 +204,7 @@ SHAPES = pytest.mark.parametrize(
 @FORM
 @CHIP
 @SHAPES
-def test_a_row_more_costs_a_row_of_tiles_at_most_and_hardly_less(processors: int, n: int, k: int, packed: bool) -> None:
+def test_a_row_more_costs_a_row_of_tiles_at_most_and_never_less(processors: int, n: int, k: int, packed: bool) -> None:
     """By the model. It rises where another row of tiles begins. Up to 64 rows the weight takes the time, so hardly at
     all; from 128 to 129 the matrix units have to do twice as much.
     """
@@ -215,7 +215,7 @@ def test_a_row_more_costs_a_row_of_tiles_at_most_and_hardly_less(processors: int
     for m in edges:
         limit = 1.3 if m < 64 else 1.55 if m < 128 else 2
         before, after = (modelled(each, n, k, processors, packed) for each in (m, m + 1))
-        assert 0.99 * before <= after <= limit * before, f"{m} rows: {before}, one more: {after}"
+        assert before <= after <= limit * before, f"{m} rows: {before}, one more: {after}"
 
 
 @FORM

@@ -74,10 +74,11 @@ def mxfp8_linear_wide(
     wait_for_kernel_before()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
-    problem = (M, N, (K + 127) // 128, tiles, whole)
+    blocks = (K + 127) // 128
+    problem = (M, N, blocks, tiles, whole)
     result = (bias, out, partial, stored.to(gl.int64), scratch)
     config: gl.constexpr = (PACKED, BM, STAGES, BOX, HAS_BIAS)
-    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, problem[2])
+    work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, blocks)
     row, column, first, _, _ = _piece(0, work, problem, config)
     if pieces_of(work) > 0:  # at once: it takes a moment until the warp that loads has begun
         _fill(x, elements, scales, stages, problem, row, column, first * 2, 0, config)
