@@ -124,7 +124,7 @@ def tiled_kernels(packed: bool) -> list[plans.Tiled]:
     """Every kernel on tiles that the model knows, as a plan without parts; for canonical weights, as dispatch uses
     them: for more than 8 rows.
     """
-    found: list[plans.Tiled] = [plans.Wide(132)]
+    found: list[plans.Tiled] = [plans.Wide(132, rows=rows) for rows in plans.WIDE]
     for kind in plans.TABLE:
         if packed and isinstance(kind, plans.Skinny) and kind.rows == 16:
             found.append(replace(kind, rows=8))
@@ -136,7 +136,7 @@ def one_tile(plan: plans.Plan) -> plans.Plan:
     """The plan without what is no constant of its kernel: parts of tiles."""
     if isinstance(plan, plans.Skinny):
         return replace(plan, parts=1)
-    return plans.Wide(132) if isinstance(plan, plans.Wide) else plan
+    return plans.Wide(132, rows=plan.rows) if isinstance(plan, plans.Wide) else plan
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
@@ -308,3 +308,8 @@ def check_loops(folder: Path, stored: int, loaded: int) -> None:
     for loop in loops:
         assert sum("STL" in line for line in loop) <= stored
         assert sum("LDL" in line for line in loop) <= loaded
+
+
+def check_innermost_loop(folder: Path) -> None:
+    """That the loop over K does not use local memory."""
+    assert not any("STL" in line or "LDL" in line for line in min(fast_loops(folder / "kernel.cubin"), key=len))

@@ -30,6 +30,7 @@ from compiling import (
     SHARED,
     Compiled,
     check_fits,
+    check_innermost_loop,
     check_loads,
     check_loops,
     check_waits,
@@ -80,23 +81,32 @@ def test_kernels_on_packed_weights_compile_and_fit_a_multiprocessor(
         assert found.spilled <= 32
         check_loops(tmp_path, 0, 1)
     else:
-        check_loops(tmp_path, 0, 2)  # between tiles
+        check_innermost_loop(tmp_path)
+        check_loops(tmp_path, *((2, 2) if kernel.rows > 256 else (0, 2)))  # between tiles
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), in_turns(packed=False), ids=repr)
 def test_kernels_on_canonical_weights_compile_without_a_spill_and_fit_a_multiprocessor(
     kernel: plans.Tiled, dtype: torch.dtype, tmp_path: Path
 ) -> None:
+    """But for the highest tile, between tiles."""
     found = compiled_at_an_end(kernel, False, dtype, tmp_path)
     check_tiled(kernel, found, tmp_path)
-    assert found.spilled == 0
-    check_loops(tmp_path, 0, 0)
+    if kernel.rows > 256:
+        check_innermost_loop(tmp_path)
+        check_loops(tmp_path, 9, 9)
+    else:
+        assert found.spilled == 0
+        check_loops(tmp_path, 0, 0)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])
-def test_the_warps_that_multiply_tiles_of_wide_have_nearly_all_registers(packed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", plans.WIDE)
+def test_the_warps_that_multiply_tiles_of_wide_have_nearly_all_registers(
+    rows: int, packed: bool, tmp_path: Path
+) -> None:
     """Eight warps have 240 for each lane, and what is left is enough for the one that loads."""
-    found = compiled(plans.Wide(132), packed, 4096, torch.bfloat16, False, tmp_path)
+    found = compiled(plans.Wide(132, rows=rows), packed, 4096, torch.bfloat16, False, tmp_path)
     numbers = re.findall(r"setmaxnreg\.inc\S+\s+(\d+)", found.ptx)
     assert max(map(int, numbers)) == 240
     assert 240 * 8 * 32 + min(map(int, numbers)) * 4 * 32 <= REGISTERS

@@ -56,7 +56,7 @@ def all_plans(m: int, n: int, k: int, packed: bool) -> list[plans.Plan]:
 @HOPPER
 @FORM
 @pytest.mark.parametrize(("n", "k"), [(33, 96), (1000, 4128), (1000, 4224), (1000, 6432)])
-@pytest.mark.parametrize("m", [1, 8, 16, 27, 50, 100, 128, 300])
+@pytest.mark.parametrize("m", [1, 8, 16, 27, 50, 70, 100, 128, 150, 300])
 @pytest.mark.usefixtures("poisoned")
 def test_every_plan_gives_the_same_right_bits_again_and_again(m: int, n: int, k: int, packed: bool) -> None:
     k = k if packed else max(128, k // 128 * 128)
@@ -69,7 +69,9 @@ def test_every_plan_gives_the_same_right_bits_again_and_again(m: int, n: int, k:
 @HOPPER
 @FORM
 @SHORT
-@pytest.mark.parametrize("m", [9, 15, 17, 31, 33, 63, 65, 127, 129, 255, 257, 385])
+@pytest.mark.parametrize(
+    "m", [9, 15, 17, 31, 33, 63, 65, 79, 81, 95, 97, 127, 129, 159, 161, 191, 193, 255, 257, 319, 321, 385]
+)
 @pytest.mark.usefixtures("poisoned")
 def test_rows_about_the_ends_of_tiles_and_boxes_are_right(m: int, dtype: torch.dtype, packed: bool) -> None:
     for n, k in ((7, 128), (289, 1024), (4097, 384)):
@@ -98,9 +100,10 @@ def test_plans_that_split_some_tiles_or_all_are_right(m: int, n: int, k: int, dt
 @FORM
 @SHORT
 @pytest.mark.parametrize("programs", [1, 2, 7, 50])
+@pytest.mark.parametrize("rows", plans.WIDE)
 @pytest.mark.usefixtures("poisoned")
 def test_programs_that_share_tiles_are_right_however_many_there_are(
-    programs: int, dtype: torch.dtype, packed: bool
+    rows: int, programs: int, dtype: torch.dtype, packed: bool
 ) -> None:
     """Shares of less than a tile and of more, of a fast weight and of one that needs exact decoding."""
     for m, n, k in ((700, 1000, 1024), (257, 2100, 4096)):
@@ -110,12 +113,12 @@ def test_programs_that_share_tiles_are_right_however_many_there_are(
                 scale[5] = 255
             expected = reference.linear(x, weight, scale, bias).cuda()
             on_chip = put(weight, scale, packed, dtype)
-            tiles = tiles_of(plans.Wide(programs), m, n)
+            tiles = tiles_of(plans.Wide(programs, 0, rows), m, n)
             shares = [0, tiles if tiles < programs else programs + tiles % programs, min(tiles, 2 * programs - 1)]
             for shared in dict.fromkeys(shares):
                 if shared == 0 or shared * k / 128 >= plans.SHARE * programs:
                     for _ in range(3):
-                        plan = plans.Wide(programs, shared)
+                        plan = plans.Wide(programs, shared, rows)
                         assert_same(run_guarded(plan, x.cuda(), on_chip, bias.cuda(), n), expected)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from types import SimpleNamespace
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from simulating import GLUON, Pointer, array, in_python
 
 from mxfp8_ops.gpu import partial_sums
 
-TILE = 64, 32
+Sums: TypeAlias = list[Tensor]
+"""Of a tile: of its first rows of x and, where it has more than a power of two, of those after them."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,27 +39,33 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_sums, "barrier", lambda: None)
 
 
-def leave(total: Tensor, memory: Tensor, slot: int, slots: int) -> None:
-    partial, place = Pointer(memory), torch.tensor(slot)
-    partial_sums.store_sums(array(total), partial, place)
-    partial_sums.say_stored(partial, partial_sums.STORED, place, torch.tensor(slots), total.numel())
+def leave(sums: Sums, memory: Tensor, slot: int, slots: int) -> None:
+    partial, place, size = Pointer(memory), torch.tensor(slot), sum(total.numel() for total in sums)
+    partial_sums.store_sums([array(total) for total in sums], partial, place)
+    partial_sums.say_stored(partial, partial_sums.STORED, place, torch.tensor(slots), size)
 
 
-def collect(total: Tensor, memory: Tensor, first: int, count: int, slots: int, into: list[Tensor]) -> None:
-    slot, all_slots = torch.tensor(first), torch.tensor(slots)
-    into.append(partial_sums.add_stored(array(total), Pointer(memory), partial_sums.STORED, slot, count, all_slots))
+def collect(sums: Sums, memory: Tensor, first: int, count: int, slots: int, into: list[Sums]) -> None:
+    slot, all_slots, mine = torch.tensor(first), torch.tensor(slots), [array(total) for total in sums]
+    found = partial_sums.add_stored(mine, Pointer(memory), partial_sums.STORED, slot, count, all_slots)
+    into.append([total.as_subclass(Tensor) for total in found])
 
 
+def random_sums(rows: tuple[int, ...]) -> Sums:
+    return [torch.randn(64, each) for each in rows]
+
+
+@pytest.mark.parametrize("rows", [(32,), (32, 8)])
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 33, 70])
-def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(count: int) -> None:
+def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(count: int, rows: tuple[int, ...]) -> None:
     """Again in the same memory, in which nothing of the time before is taken for new. Other slots do not matter."""
     first, slots = 2, count + 4
-    memory = partial_sums.memory(slots, 64 * 32, torch.device("cpu")).random_()
-    leave(torch.full(TILE, torch.nan), memory, 0, slots)
+    memory = partial_sums.memory(slots, 64 * sum(rows), torch.device("cpu")).random_()
+    leave([torch.full((64, each), torch.nan) for each in rows], memory, 0, slots)
     for turn in range(2):
         torch.manual_seed(turn)
-        mine, *others = torch.randn(count + 1, *TILE)
-        found: list[Tensor] = []
+        mine, *others = (random_sums(rows) for _ in range(count + 1))
+        found: list[Sums] = []
         program = threading.Thread(target=collect, args=(mine, memory, first, count, slots, found), daemon=True)
         program.start()
         for i in range(count) if turn else reversed(range(count)):
@@ -67,9 +75,9 @@ def test_who_adds_sums_waits_for_all_of_them_and_adds_them_in_order(count: int) 
         program.join(30)
         expected = mine
         for other in others:
-            expected = expected + other
+            expected = [one + more for one, more in zip(expected, other, strict=True)]
         assert len(found) == 1
-        assert torch.equal(found[0].as_subclass(Tensor), expected)
+        assert all(map(torch.equal, found[0], expected))
 
 
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])

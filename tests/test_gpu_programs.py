@@ -20,7 +20,7 @@ from compiling import launches
 from planning import CHIP, EDGES, FORM, K, N, columns, split_of, tiles_of
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import partial_sums, tiles
+from mxfp8_ops.gpu import heights, partial_sums, tiles
 from mxfp8_ops.gpu.plans import Skinny, Wide, candidates, plan
 from mxfp8_ops.gpu.plans_direct import Direct
 
@@ -29,12 +29,14 @@ STORING: int = partial_sums.STORING.value
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The functions of ``tiles`` in Python, for the program whose number is set."""
+    """The functions of ``tiles`` and ``heights`` in Python, for the program whose number is set."""
     number = SimpleNamespace(value=0)
     gluon = SimpleNamespace(program_id=lambda axis: number.value, minimum=_smaller, maximum=max, static_range=range)
     gluon.where = lambda condition, one, other: one if condition else other
     gluon.umulhi = lambda one, other: one * other >> 32
-    monkeypatch.setattr(tiles, "gl", gluon)
+    for module in (heights, tiles):
+        monkeypatch.setattr(module, "gl", gluon)
+    monkeypatch.setattr(heights, "_load_boxes", heights._load_boxes.fn)
     monkeypatch.setattr(tiles, "_divided_by_few", tiles._divided_by_few.fn)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
     monkeypatch.setattr(tiles, "part_begins", partial_sums.part_begins.fn)
@@ -108,7 +110,17 @@ def test_both_forms_are_cut_up_alike(processors: int) -> None:
         if k % 128 == 0:
             for one, other in zip(launches(chosen, m, n, k), launches(chosen, m, n, k, packed=False), strict=True):
                 assert (one.kernel, one.grid) == (other.kernel, other.grid)
-                same = set(one.named) - {"x", "bias", "out", "partial", "elements", "scales", "packed", "PACKED"}
+                same = set(one.named) - {
+                    "x",
+                    "later_x",
+                    "bias",
+                    "out",
+                    "partial",
+                    "elements",
+                    "scales",
+                    "packed",
+                    "PACKED",
+                }
                 assert {name: one.named[name] for name in same} == {name: other.named[name] for name in same}
 
 
@@ -120,29 +132,39 @@ def test_tiles_cover_the_result_once(program: SimpleNamespace, processors: int) 
         assert sorted(found) == [(row, column) for row in range(0, m, down) for column in range(0, n, across)]
 
 
-@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 80, 96, 128, 160, 192, 256, 320])
 def test_every_row_of_the_result_is_stored_once_and_is_the_row_that_was_loaded(
     program: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    loaded: list[tuple[Tensor, slice]] = []
-    monkeypatch.setattr(tiles, "load_box", lambda x, at, ready, place, pred: loaded.append((at[0], place)))
-    stage = SimpleNamespace(shape=(rows, 64), slice=lambda first, size: slice(first, first + size))
+    loaded: list[tuple[int, Tensor, slice]] = []
+    monkeypatch.setattr(heights, "load_box", lambda x, at, ready, place: loaded.append((x.number, at[0], place)))
+    head = heights.head_of.fn(rows)
+    sizes = [head, rows - head] if rows > head else [head]
+    pieces = [SimpleNamespace(shape=(size, 64), slice=lambda first, size: slice(first, first + size)) for size in sizes]
     for m in (*range(1, 1300), 2047, 2048, 2049, 3072, 4000, 4097):
-        box = tiles.box_rows(rows, m)
+        boxes = heights.box_rows(rows, m)
         first = torch.arange(0, m, rows)[:, None]  # of every tile
-        row, stored = tiles.rows_of_result.fn(torch.arange(rows), first, m, box)
-        assert row[stored].sort().values.tolist() == list(range(m))
-        assert torch.equal(row[stored] // rows, (first // rows).expand_as(row)[stored])  # by the tile whose row it is
         loaded.clear()
-        tiles.load_rows.fn(None, first, m, 0, None, stage, box)
-        found = torch.full_like(row, -1)
-        for at, place in loaded:
-            assert place.stop - place.start == box
-            assert ((at >= 0) & (at + box <= max(m, box))).all()  # rows that are not there take TMA long
-            assert (found[:, place] == -1).all()
-            found[:, place] = at + torch.arange(box)
-        assert (found >= 0).all()
-        assert torch.equal(found[stored], row[stored])
+        heights.load_rows.fn([described(i, box) for i, box in enumerate(boxes)], first, m, 0, None, pieces)
+        results = []
+        for i, size in enumerate(sizes):
+            row, stored = heights.rows_of_result.fn(torch.arange(size), first + i * head, m, boxes[i])
+            assert torch.equal(row[stored] // rows, (first // rows).expand_as(row)[stored])  # by the tile whose it is
+            found = torch.full_like(row, -1)
+            for number, at, place in loaded:
+                if number == i:
+                    assert place.stop - place.start == boxes[i]
+                    assert ((at >= 0) & (at + boxes[i] <= max(m, boxes[i]))).all()  # rows that are not there take long
+                    assert (found[:, place] == -1).all()
+                    found[:, place] = at + torch.arange(boxes[i])
+            assert (found >= 0).all()
+            assert torch.equal(found[stored], row[stored])
+            results += row[stored].tolist()
+        assert sorted(results) == list(range(m))
+
+
+def described(number: int, box: int) -> SimpleNamespace:
+    return SimpleNamespace(number=number, block_type=SimpleNamespace(shape=(box, 64)))
 
 
 def test_tiles_with_the_same_rows_of_the_weight_follow_each_other(program: SimpleNamespace) -> None:

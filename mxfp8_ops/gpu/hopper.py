@@ -12,12 +12,12 @@ from .. import packing, settings
 from . import partial_sums
 from .counts import divided
 from .direct import mxfp8_linear_direct
+from .heights import box_rows
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
 from .plans import Narrow, Plan, Skinny, Wide, candidates, plan, tiles_of
 from .plans_direct import Direct
 from .skinny import mxfp8_linear_skinny
-from .tiles import box_rows
 from .tune import best
 from .wide import mxfp8_linear_wide
 
@@ -136,8 +136,8 @@ def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor 
     partial = packed
     if chosen.parts > 1:
         partial = partial_sums.memory(programs * chosen.across, 64 * chosen.rows, x.device)
-    rows = box_rows(chosen.rows, m)
-    pointers = _rows_of_x(x, rows), elements, scales, packed, x if bias is None else bias, out, partial
+    rows, *all_x = _rows_of_x(x, chosen.rows)
+    pointers = *all_x, elements, scales, packed, x if bias is None else bias, out, partial
     launch(
         mxfp8_linear_skinny,
         (programs,),
@@ -156,8 +156,8 @@ def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | No
     partial = packed
     if chosen.shared:
         partial = partial_sums.memory(chosen.programs, chosen.rows * chosen.columns, x.device)
-    rows = box_rows(chosen.rows, m)
-    pointers = _rows_of_x(x, rows), elements, scales, packed, x if bias is None else bias, out, partial
+    rows, *all_x = _rows_of_x(x, chosen.rows)
+    pointers = *all_x, elements, scales, packed, x if bias is None else bias, out, partial
     launch(
         mxfp8_linear_wide,
         (chosen.programs if chosen.shared else min(tiles, chosen.programs),),
@@ -168,9 +168,11 @@ def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | No
     )
 
 
-def _rows_of_x(x: Tensor, rows: int) -> Any:
-    """The argument ``x`` of the kernels on tiles, in boxes of so many rows."""
-    return x, box((rows, 64), _X), tuple(x.shape), (x.shape[1], 1)
+def _rows_of_x(x: Tensor, rows: int) -> tuple[int, Any, Any]:
+    """For tiles of so many rows the arguments BOX, ``x`` and ``later_x`` of the kernels."""
+    first, later = box_rows(rows, x.shape[0])
+    shape, strides = tuple(x.shape), (x.shape[1], 1)
+    return first, (x, box((first, 64), _X), shape, strides), (x, box((later, 64), _X), shape, strides) if later else x
 
 
 def _packed(source: Tensor | Canonical) -> int:

@@ -44,10 +44,13 @@ def memory(slots: int, size: int, device: torch.device) -> Tensor:
 
 
 @gluon.jit
-def store_sums(total, partial, slot):
-    """Stores a tile of float32 for another program, which ``say_stored`` tells."""
-    flat = in_order_of_registers(total)
-    gl.store(_place(partial, slot, flat), flat.to(gl.int32, bitcast=True))
+def store_sums(sums, partial, slot):
+    """Stores a tile of sums (see ``heights``) for another program, which ``say_stored`` tells."""
+    place = _slot(partial, slot, sums)
+    for i in gl.static_range(len(sums)):
+        flat = in_order_of_registers(sums[i])
+        gl.store(_items(place, flat), flat.to(gl.int32, bitcast=True))
+        place += flat.shape[0]
 
 
 @gluon.jit
@@ -57,16 +60,30 @@ def say_stored(partial, stored, slot, slots, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def add_stored(total, partial, stored, first, count, slots):
+def add_stored(sums, partial, stored, first, count, slots):
     """Adds to a tile what others store in ``count`` slots from ``first`` on, as soon as all of it is there."""
-    words = _words(partial, slots, total.shape[0] * total.shape[1]) + first
+    words = _words(partial, slots, _size(sums)) + first
     for begin in range(0, count, 32):
         _wait_for(words + begin, stored, gl.minimum(count - begin, 32))
     for n in range(count):
-        flat = in_order_of_registers(total)
-        flat += gl.load(_place(partial, first + n, flat), cache_modifier=".cg").to(gl.float32, bitcast=True)
-        total = as_before(flat, total)
-    return total
+        sums = _added(sums, _slot(partial, first + n, sums))
+    return sums
+
+
+@gluon.jit
+def _added(sums, place):
+    first = _added_tile(sums[0], place)
+    if len(sums) == 1:
+        return (first,)
+    else:
+        return first, _added_tile(sums[1], place + sums[0].shape[0] * sums[0].shape[1])
+
+
+@gluon.jit
+def _added_tile(total, place):
+    flat = in_order_of_registers(total)
+    flat += gl.load(_items(place, flat), cache_modifier=".cg").to(gl.float32, bitcast=True)
+    return as_before(flat, total)
 
 
 @gluon.jit
@@ -85,10 +102,23 @@ def _wait_for(words, stored, count):
 
 
 @gluon.jit
-def _place(partial, slot, flat):
+def _slot(partial, slot, sums):
     """Where the sums of a slot are."""
-    size: gl.constexpr = flat.shape[0]
-    return partial + slot.to(gl.int64) * size + gl.arange(0, size, flat.type.layout)
+    return partial + slot.to(gl.int64) * _size(sums)
+
+
+@gluon.jit
+def _items(place, flat):
+    return place + gl.arange(0, flat.shape[0], flat.type.layout)
+
+
+@gluon.jit
+def _size(sums):
+    """Elements of a tile."""
+    if len(sums) == 1:
+        return sums[0].shape[0] * sums[0].shape[1]
+    else:
+        return sums[0].shape[0] * (sums[0].shape[1] + sums[1].shape[1])
 
 
 @gluon.jit

@@ -65,10 +65,15 @@ class Wide:
     programs: int
     shared: int = 0
 
-    rows: ClassVar = 256
+    rows: int = 256
+
     columns: ClassVar = 128
     """Of a tile."""
-    stages: ClassVar = 5
+
+    @property
+    def stages(self) -> int:
+        """As many as there is memory for."""
+        return 5 if self.rows == 256 else 4
 
     @property
     def constants(self) -> tuple[int, ...]:
@@ -97,19 +102,26 @@ class Cost:
 
 
 TABLE: dict[Skinny, Cost] = {
-    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0497, 0.0992), (0.187, 0.2054), 2.664, 0.416, 1.573),
-    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0221, 0), (0.1964, 0.2577), 3.951, 0.748, 1.238),
-    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0059, 0.0015), (0.4335, 0.5331), 2.989, 1.467, 1.107),
-    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1314, 0.1531), (0.1679, 0.196), 2.68, 0.519, 0.617),
-    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2368, 0.2769), 3.516, 0.476, 0.559),
-    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.196, 0.1759), (0.1646, 0.2673), 2.891, 0.595, 0.319),
-    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2748, 0.3379), 3.555, 0.652, 0.234),
-    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.4964, 0.572), 4.076, 0.706, 0.255),
-    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4059, 0.4587), 3.437, 0.724, 0.156),
-    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.6793, 0.8278), 4.168, 1.316, 0.095),
+    Skinny(16, 1, 2, 6, 96, 72): Cost(2, (0.0578, 0.0949), (0.1969, 0.2097), 2.574, 0.399, 1.308),
+    Skinny(16, 1, 4, 12, 96, 0): Cost(1, (0.0221, 0), (0.1991, 0.258), 3.666, 0.712, 1.132),
+    Skinny(16, 2, 2, 8, 96, 0): Cost(1, (0.0059, 0.0015), (0.4536, 0.5276), 2.877, 1.406, 1.063),
+    Skinny(32, 1, 2, 4, 104, 80): Cost(2, (0.1343, 0.154), (0.1667, 0.191), 2.529, 0.411, 0.594),
+    Skinny(32, 1, 4, 8, 96, 0): Cost(1, (0, 0), (0.2345, 0.2743), 3.336, 0.48, 0.571),
+    Skinny(64, 1, 1, 4, 240, 128): Cost(2, (0.2453, 0.2306), (0.1523, 0.2591), 1.891, 1.176, 0.212),
+    Skinny(64, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.2803, 0.3312), 3.246, 0.532, 0.108),
+    Skinny(64, 2, 2, 4, 96, 0): Cost(1, (0, 0), (0.5122, 0.5969), 3.529, 0.432, 0.174),
+    Skinny(80, 1, 1, 3, 240, 128): Cost(2, (0.1971, 0.1212), (0.2358, 0.3396), 2.528, 0.674, 0.2),
+    Skinny(96, 1, 1, 3, 240, 128): Cost(2, (0.2473, 0.2293), (0.2359, 0.3075), 2.117, 0.77, 0.197),
+    Skinny(96, 1, 2, 6, 168, 0): Cost(1, (0, 0), (0.3817, 0.456), 3.231, 0.424, 0.144),
+    Skinny(128, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4365, 0.4978), 2.367, 0.56, 0.198),
+    Skinny(128, 2, 1, 4, 240, 0): Cost(1, (0, 0), (0.7316, 0.8895), 2.492, 0.567, 0.161),
+    Skinny(160, 1, 2, 4, 168, 0): Cost(1, (0, 0), (0.4815, 0.5689), 3.173, 0.523, 0.107),
+    Skinny(160, 2, 1, 3, 240, 0): Cost(1, (0, 0), (0.8814, 1.1307), 3.1, 1.169, 0.1),
+    Skinny(192, 1, 2, 4, 240, 0): Cost(1, (0, 0), (0.5321, 0.6643), 2.816, 0.546, 0.213),
+    Skinny(192, 2, 1, 3, 240, 0): Cost(1, (0, 0), (1.0004, 1.3058), 2.508, 1.23, 0.13),
 }
 
-PART = 20e-6
+PART = 40e-6
 """Microseconds for each element of a tile and every part of it but one, whatever the kernel: who has the last part adds
 the others one after the other.
 """
@@ -130,8 +142,11 @@ class WideCost:
     part: float
 
 
-WIDE = WideCost(1.255, 2.493, 3.056, 5.098, 1.394, 3.099), WideCost(1.365, 2.283, 2.761, 4.189, 1.368, 2.494)
-"""For weights that are packed and canonical."""
+WIDE = {
+    256: (WideCost(1.348, 1.704, 1.848, 4.2, 2.018, 3.627), WideCost(1.393, 2.249, 1.87, 3.933, 1.299, 2.933)),
+    320: (WideCost(1.845, 5.282, 2.819, 4.993, 1.823, 4.06), WideCost(2.037, 3.728, 1.167, 8.481, 2.157, 3.979)),
+}
+"""By rows of a tile, for weights that are packed and canonical."""
 
 APART = 1.02
 """How much longer the blocks of a share take that is no equal part of a tile: programs are not in step then, and find
@@ -194,7 +209,7 @@ def tiles_of(choice: Tiled, m: int, n: int) -> int:
 
 
 def _wide(choice: Wide, tiles: int, blocks: int, packed: bool) -> float:
-    cost = WIDE[int(not packed)]
+    cost = WIDE[choice.rows][int(not packed)]
     rounds = divided(tiles - choice.shared, choice.programs)
     time = cost.start + rounds * (blocks * cost.each + cost.tile)
     if choice.shared:
@@ -235,24 +250,26 @@ def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
         for parts in (2, 3, 4, 6, 8):
             if tiles * parts <= 2 * cost.at_once * processors and parts * 2 * kind.along <= blocks:
                 yield replace(kind, parts=parts)
-    if m > 128:
-        yield from _wides(tiles_of(Wide(processors), m, n), blocks, processors)
+    for height in WIDE:
+        if m > (128 if height == 256 else 256):
+            yield from _wides(height, m, n, blocks, processors)
 
 
-def _wides(tiles: int, blocks: int, processors: int) -> Iterator[Wide]:
+def _wides(rows: int, m: int, n: int, blocks: int, processors: int) -> Iterator[Wide]:
     """Whole tiles alone; and where they leave programs without work in the last round, with so many shared that all
     have as much to do: all tiles if there is less than one for each, else the last ones, more than one for each. Few
     tiles also in as many equal parts as there may be: some processors have no work then, but all others are in step.
     """
-    yield Wide(processors)
+    yield Wide(processors, 0, rows)
+    tiles = tiles_of(Wide(processors, 0, rows), m, n)
     parts = processors // tiles
     if parts > 1 and SHARE * parts <= blocks:
-        yield Wide(tiles * parts, tiles)
+        yield Wide(tiles * parts, tiles, rows)
     last = tiles % processors
     shared = tiles if tiles < processors else processors + last
     uneven = 0 < last <= FULL * processors and processors % shared > 0
     if uneven and SHARE * processors <= shared * blocks < 2**31 / processors:
-        yield Wide(processors, shared)
+        yield Wide(processors, shared, rows)
 
 
 def _narrow(m: int, k: int) -> Iterator[Narrow]:

@@ -14,21 +14,25 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
+from .heights import (
+    head_of,
+    load_rows,
+    mma_layout,
+    multiply,
+    piece_of_stage,
+    stages_of_rows,
+    wait_for_all_but,
+    zeros,
+)
 from .partial_sums import add_stored, as_before, in_order_of_registers, say_stored, store_sums
 from .tiles import (
     LOADER_REGISTERS,
     TRANSPOSED,
     advance,
-    load_rows,
     part_of_tile,
     place_of_tile,
     store_tile,
@@ -36,10 +40,13 @@ from .tiles import (
 )
 from .versions import barrier, load_box, reinterpret
 
+_ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
 
 @gluon.jit(do_not_specialize=["M", "parts", "stored"])
 def mxfp8_linear_skinny(
     x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
+    later_x,  # TMA descriptor, [M, K], boxes of the rows of a tile after its head; or anything
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
     scales,  # PACKED: TMA descriptor, the same tensor, boxes of [2, 32]; else pointer [N, K / 128] int32
     packed,  # PACKED: pointer to that tensor; else to anything
@@ -64,7 +71,7 @@ def mxfp8_linear_skinny(
     blocks = (K + 127) // 128
     tile, part, first, steps = part_of_tile(blocks, parts)
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
-    x_stages = gl.allocate_shared_memory(x.dtype, [STAGES * 2, BM, 64], x.layout)
+    x_stages = stages_of_rows(x, STAGES, 2, BM)
     if PACKED:
         element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R * 2, 32, 32], elements.layout)
         scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R, 2, 32], scales.layout)
@@ -78,28 +85,31 @@ def mxfp8_linear_skinny(
         mbarrier.init(empty.index(i), count=R)
     # What is allocated and never used may be given to others while it is live: only with S > 1 is there a `summed`.
     if S > 1:
-        sums = gl.allocate_shared_memory(gl.float32, [(S - 1) * R, 64 * BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         summed = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(R):
             mbarrier.init(summed.index(i), count=S - 1)
     else:
-        sums = x_stages
         summed = empty
+    if S > 1 and R > 1:
+        groups = (gl.allocate_shared_memory(gl.float32, [(S - 1) * R, 64 * BM], _ROW),)
+    else:
+        groups = x_stages
+    all_x = (x, later_x)
     fence_async_shared()
     wait_for_kernel_before()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
     source = (packed, scales, first, N, K)
-    result = (bias, out, partial, stored.to(gl.int64), sums, summed, M, N, row, column, part, parts)
+    result = (bias, out, partial, stored.to(gl.int64), groups, summed, M, N, row, column, part, parts)
     work = (M, row, column // 64, first, steps, blocks)
     config: gl.constexpr = (PACKED, BM, R, S, STAGES, BOX, HAS_BIAS)
     if steps > 0:  # at once: it takes a moment until the warp that loads has begun
-        _fill(x, elements, scales, stages, work, first, 0, config)
+        _fill(all_x, elements, scales, stages, work, first, 0, config)
     if R * S == 1:
         gl.warp_specialize(
             [
                 (_consume, (stages, source, result, steps, 0, config)),
-                (_load, (x, elements, scales, stages, work, config)),
+                (_load, (all_x, elements, scales, stages, work, config)),
             ],
             [1],
             [LOADER_REGISTERS],
@@ -109,7 +119,7 @@ def mxfp8_linear_skinny(
             [
                 (_consume, (stages, source, result, steps, 0, config)),
                 (_consume, (stages, source, result, steps, 1, config)),
-                (_load, (x, elements, scales, stages, work, config)),
+                (_load, (all_x, elements, scales, stages, work, config)),
             ],
             [4, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -121,7 +131,7 @@ def mxfp8_linear_skinny(
                 (_consume, (stages, source, result, steps, 1, config)),
                 (_consume, (stages, source, result, steps, 2, config)),
                 (_consume, (stages, source, result, steps, 3, config)),
-                (_load, (x, elements, scales, stages, work, config)),
+                (_load, (all_x, elements, scales, stages, work, config)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, LOADER_REGISTERS],
@@ -168,14 +178,14 @@ def _fill(x, elements, scales, stages, work, step, stage, config: gl.constexpr):
         load_box(elements, at, ready, element_stages.index(into * 2))
         load_box(elements, second, ready, element_stages.index(into * 2 + 1))
     for half in gl.static_range(2):
-        load_rows(x, row, M, step * 128 + half * 64, ready, x_stages.index(stage * 2 + half), config[5])
+        load_rows(x, row, M, step * 128 + half * 64, ready, piece_of_stage(x_stages, stage, half, 2))
 
 
 @gluon.jit
 def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.constexpr):
     """Four warps: 64 rows of the weight by BM rows of x, over every S-th stage; then the sum goes its way."""
     packed, scales, first, N, K = source
-    bias, out, partial, stored, sums, summed, M, N, row, column, part, parts = result
+    bias, out, partial, stored, groups, summed, M, N, row, column, part, parts = result
     PACKED: gl.constexpr = config[0]
     BM: gl.constexpr = config[1]
     R: gl.constexpr = config[2]
@@ -184,44 +194,74 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
     HAS_BIAS: gl.constexpr = config[6]
     r: gl.constexpr = consumer % R
     s: gl.constexpr = consumer // R
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    MMA: gl.constexpr = mma_layout(head_of(BM), 4)
     if not PACKED:
         places = scale_places(scales, column + r * 64, N, K, 64, MMA) + first
-        total = _products(stages, places, steps, r, s, MMA, False, config)
+        sums = _products(stages, places, steps, r, s, False, config)
     elif needs_exact(packed, N, K, out.dtype.element_ty):
-        total = _products(stages, scales, steps, r, s, MMA, True, config)
+        sums = _products(stages, scales, steps, r, s, True, config)
     else:
-        total = _products(stages, scales, steps, r, s, MMA, False, config)
+        sums = _products(stages, scales, steps, r, s, False, config)
     if S > 1:
-        if s > 0:
-            sums.index((s - 1) * R + r).store(in_order_of_registers(total))
-            barrier()
-            mbarrier.arrive(summed.index(r))
-        else:
-            mbarrier.wait(summed.index(r), 0)
-            flat = in_order_of_registers(total)
-            for i in gl.static_range(S - 1):
-                flat += sums.index(i * R + r).load(flat.type.layout)
-            total = as_before(flat, total)
+        sums = _sums_of_groups(sums, groups, summed, r, s, config)
     if s == 0:
         slots = gl.num_programs(0) * R
         slot = r * gl.num_programs(0) + gl.program_id(0)
         if part < parts - 1:
-            store_sums(total, partial, slot)
+            store_sums(sums, partial, slot)
             barrier()
             say_stored(partial, stored, slot, slots, 64 * BM)
         else:
             if parts > 1:
-                total = add_stored(total, partial, stored, slot - part, part, slots)
-            scratch = _scratch(stages, r, R)
-            store_tile(total, bias, out, M, N, row, column + r * 64, scratch, BM // 32, BOX, HAS_BIAS)
+                sums = add_stored(sums, partial, stored, slot - part, part, slots)
+            store_tile(sums, bias, out, M, N, row, column + r * 64, _scratch(stages, r, R), BOX, HAS_BIAS)
+
+
+@gluon.jit
+def _sums_of_groups(sums, groups, summed, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
+    """What the S consumers of the same rows have come to together; only the first of them gets it."""
+    R: gl.constexpr = config[2]
+    S: gl.constexpr = config[3]
+    if s > 0:
+        for i in gl.static_range(len(sums)):
+            _place_of_sums(groups[i], r, s, R).store(in_order_of_registers(sums[i]))
+        barrier()
+        mbarrier.arrive(summed.index(r))
+        return sums
+    else:
+        mbarrier.wait(summed.index(r), 0)
+        first = _sum_of_groups(sums[0], groups[0], r, R, S)
+        if len(sums) == 1:
+            return (first,)
+        else:
+            return first, _sum_of_groups(sums[1], groups[1], r, R, S)
+
+
+@gluon.jit
+def _sum_of_groups(total, group, r: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+    flat = in_order_of_registers(total)
+    for s in gl.static_range(1, S):
+        flat += _place_of_sums(group, r, s, R).load(flat.type.layout)
+    return as_before(flat, total)
+
+
+@gluon.jit
+def _place_of_sums(group, r: gl.constexpr, s: gl.constexpr, R: gl.constexpr):
+    """Where a consumer that is not the first leaves its sums: in its own memory, or, where no other consumer shares its
+    stages, in the rows of x of its first one, which are as large and which it has left.
+    """
+    if R == 1:
+        rows = group.index(s)
+        return reinterpret(rows, gl.float32, [rows.shape[0] * 32], _ROW)
+    else:
+        return group.index((s - 1) * R + r)
 
 
 @gluon.jit
 def _scratch(stages, r: gl.constexpr, R: gl.constexpr):
     """Memory for ``[32, 64]`` results, four times: halves of two stages of elements, whose consumer has left them."""
     x_stages, element_stages, _, _, _ = stages
-    DTYPE: gl.constexpr = x_stages.dtype
+    DTYPE: gl.constexpr = x_stages[0].dtype
     one = reinterpret(element_stages.index(r * 2), DTYPE, [32, 64], TRANSPOSED)
     two = reinterpret(element_stages.index(r * 2 + 1), DTYPE, [32, 64], TRANSPOSED)
     three = reinterpret(element_stages.index((R + r) * 2), DTYPE, [32, 64], TRANSPOSED)
@@ -236,7 +276,6 @@ def _products(
     steps,
     r: gl.constexpr,
     s: gl.constexpr,
-    MMA: gl.constexpr,
     EXACT: gl.constexpr,
     config: gl.constexpr,
 ):
@@ -247,8 +286,9 @@ def _products(
     R: gl.constexpr = config[2]
     S: gl.constexpr = config[3]
     STAGES: gl.constexpr = config[4]
-    DTYPE: gl.constexpr = x_stages.dtype
-    total = gl.zeros([64, BM], gl.float32, MMA)
+    MMA: gl.constexpr = mma_layout(head_of(BM), 4)
+    DTYPE: gl.constexpr = x_stages[0].dtype
+    sums = zeros(64, BM, 4)
     stage = s
     phase = 0
     if not PACKED:
@@ -265,8 +305,8 @@ def _products(
                 weight = weight_fragment(elements, scale_stages.index(into), half, 64, MMA, DTYPE, PACKED == 2, EXACT)
             else:
                 weight = canonical_fragment(elements, scales, half, 64, MMA, DTYPE)
-            total = warpgroup_mma(weight, x_stages.index(stage * 2 + half).permute((1, 0)), total, is_async=True)
-        total = warpgroup_mma_wait(0, deps=[total])
+            sums = multiply(weight, piece_of_stage(x_stages, stage, half, 2), sums)
+        sums = wait_for_all_but(0, sums)
         mbarrier.arrive(empty.index(stage))
         stage, phase = advance(stage, phase, S, STAGES)
-    return total
+    return sums

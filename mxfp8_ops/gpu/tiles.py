@@ -2,10 +2,6 @@
 
 A tile of ``skinny`` is one program's work, or that of ``parts`` programs (split-K), of which each computes a part of K
 and the last one adds up all sums. How programs of ``wide`` share tiles: ``shares``.
-
-TMA takes several times as long for a row of x that is not there as for one that is. So the last rows' tile is moved up
-to end with the last row: its first rows are then some of the tile before once more, and are not stored. Where x has
-fewer rows than a tile, the tile's rows come in two boxes of half as many, of which the second is moved up.
 """
 
 from __future__ import annotations
@@ -14,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .heights import rows_of_result
 from .partial_sums import part_begins
-from .versions import load_box
 
 LOADER_REGISTERS = gl.constexpr(24)
 """Of a lane of the warp that only loads."""
@@ -78,30 +74,6 @@ def _divided_by_few(number, few):
     return gl.where(few == 3, gl.umulhi(number, (2**32 + 2) // 3), number >> (few >> 1))
 
 
-def box_rows(rows: int, m: int) -> int:
-    """Rows of a box of x ``[m, K]``, of a tile of so many ``rows``: half of them at least, and 8, after which the order
-    in shared memory repeats.
-    """
-    return rows if m >= rows else max(rows // 2, 8)
-
-
-@gluon.jit
-def load_rows(x, row, M, k, ready, stage, BOX: gl.constexpr, pred=True):
-    """Has TMA fill a stage with the rows of x of a tile that begins with ``row``, and 64 elements of K."""
-    BM: gl.constexpr = stage.shape[0]
-    for first in gl.static_range(0, BM, BOX):
-        at = gl.minimum(row + first, gl.maximum(M - BOX, 0))
-        load_box(x, [at, k], ready, stage.slice(first, BOX), pred=pred)
-
-
-@gluon.jit
-def rows_of_result(m, row, M, BOX: gl.constexpr):
-    """Which row of the result each row ``m`` of a tile is that begins with ``row``, and whether it is to be stored."""
-    first = row + m // BOX * BOX
-    moved = gl.minimum(first, gl.maximum(M - BOX, 0)) + m % BOX
-    return moved, (moved >= first) & (moved < M)
-
-
 @gluon.jit
 def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
     """The stage ``by`` stages on, in a ring of STAGES, and the phase of its barrier."""
@@ -111,27 +83,37 @@ def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def store_tile(
-    total, bias, out, M, N, row, column, scratch, PIECES: gl.constexpr, BOX: gl.constexpr, HAS_BIAS: gl.constexpr
-):
-    """A float32 tile ``[BN, BM]`` plus bias, rounded and transposed, to its place in ``out [M, N]``.
+def store_tile(sums, bias, out, M, N, row, column, scratch, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """A tile of sums (see ``heights``) plus bias, rounded and transposed, to its place in ``out [M, N]``.
 
-    It goes in 1, 2 or 4 pieces of as many rows of x, each through one of ``scratch``, shared memory ``[BM / PIECES,
-    BN]``, all of which may be the same; a small tile, of no pieces, as it stands in registers.
+    It goes in pieces, each through one of ``scratch``, four times ``[rows, BN]`` of shared memory, all of which may be
+    the same; what has fewer rows than a piece, as it stands in registers.
     """
-    BN: gl.constexpr = total.shape[0]
-    BM: gl.constexpr = total.shape[1]
+    for i in gl.static_range(len(sums)):
+        total = _rounded(sums[i], bias, column, N, out.dtype.element_ty, HAS_BIAS)
+        _store(total, out, M, N, row + i * sums[0].shape[1], column, scratch, BOX if i == 0 else sums[i].shape[1])
+
+
+@gluon.jit
+def _rounded(total, bias, column, N, DTYPE: gl.constexpr, HAS_BIAS: gl.constexpr):
     if HAS_BIAS:
-        n = column + gl.arange(0, BN, gl.SliceLayout(1, total.type.layout))
+        n = column + gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))
         total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
-    total = total.to(out.dtype.element_ty)
-    if PIECES == 0:
+    return total.to(DTYPE)
+
+
+@gluon.jit
+def _store(total, out, M, N, row, column, scratch, BOX: gl.constexpr):
+    BN: gl.constexpr = total.shape[0]
+    ROWS: gl.constexpr = scratch[0].shape[0]
+    COUNT: gl.constexpr = total.shape[1] // ROWS
+    if COUNT == 0:
         _store_rows(gl.permute(total, (1, 0)), out, M, N, row, column, 0, BOX)
     else:
-        pieces = _pieces(total, PIECES)
-        for i in gl.static_range(PIECES):
+        pieces = _pieces(total, COUNT)
+        for i in gl.static_range(COUNT):
             scratch[i].store(gl.permute(pieces[i], (1, 0)))
-            _store_rows(scratch[i].load(_stored_rows(BN)), out, M, N, row, column, BM // PIECES * i, BOX)
+            _store_rows(scratch[i].load(_stored_rows(BN)), out, M, N, row, column, ROWS * i, BOX)
 
 
 @gluon.jit

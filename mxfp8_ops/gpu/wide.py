@@ -12,23 +12,27 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
+from .heights import (
+    head_of,
+    load_rows,
+    mma_layout,
+    multiply,
+    multiply_at_once,
+    piece_of_stage,
+    stages_of_rows,
+    wait_for_all_but,
+    zeros,
+)
 from .partial_sums import add_stored, say_stored, store_sums
 from .shares import FIRST, LAST, first_of_tile, piece_of, pieces_of, when_to_say, work_of
 from .tiles import (
     LOADER_REGISTERS,
     TRANSPOSED,
     advance,
-    load_rows,
     place_of_tile,
     store_tile,
     wait_for_kernel_before,
@@ -39,6 +43,7 @@ from .versions import barrier, load_box
 @gluon.jit(do_not_specialize=["M", "tiles", "whole", "stored"])
 def mxfp8_linear_wide(
     x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
+    later_x,  # TMA descriptor, [M, K], boxes of the rows of a tile after its head; or anything
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [64, 32]; else [N, K / 4] int32, boxes of [128, 16]
     scales,  # PACKED: TMA descriptor, the same tensor, boxes of [4, 32]; else pointer [N, K / 128] int32
     packed,  # PACKED: pointer to that tensor; else to anything
@@ -57,19 +62,20 @@ def mxfp8_linear_wide(
     BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    x_stages = gl.allocate_shared_memory(x.dtype, [STAGES, BM, 64], x.layout)
+    x_stages = stages_of_rows(x, STAGES, 1, BM)
     if PACKED:
         element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 64, 32], elements.layout)
         scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 4, 32], scales.layout)
     else:
         element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 16], elements.layout)
         scale_stages = element_stages
-    scratch = gl.allocate_shared_memory(out.dtype.element_ty, [BM // 4, 128], TRANSPOSED)
+    scratch = gl.allocate_shared_memory(out.dtype.element_ty, [64, 128], TRANSPOSED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
+    all_x = (x, later_x)
     fence_async_shared()
     wait_for_kernel_before()
 
@@ -81,11 +87,11 @@ def mxfp8_linear_wide(
     work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, blocks)
     row, column, first, _, _ = _piece(0, work, problem, config)
     if pieces_of(work) > 0:  # at once: it takes a moment until the warp that loads has begun
-        _fill(x, elements, scales, stages, problem, row, column, first * 2, 0, config)
+        _fill(all_x, elements, scales, stages, problem, row, column, first * 2, 0, config)
     gl.warp_specialize(
         [
             (_consume, (stages, packed, scales, work, problem, result, config)),
-            (_load, (x, elements, scales, stages, work, problem, config)),
+            (_load, (all_x, elements, scales, stages, work, problem, config)),
         ],
         [1],
         [LOADER_REGISTERS],
@@ -134,26 +140,21 @@ def _fill(x, elements, scales, stages, problem, row, column, step, stage, config
     else:
         at = [column, step * 16]
     load_box(elements, at, ready, element_stages.index(stage))
-    load_rows(x, row, M, step * 64, ready, x_stages.index(stage), config[3])
+    load_rows(x, row, M, step * 64, ready, piece_of_stage(x_stages, stage, 0, 1))
 
 
 @gluon.jit
 def _consume(stages, packed, scales, work, problem, result, config: gl.constexpr):
     """The warps that multiply."""
     _, N, blocks, _, _ = problem
-    if config[0] and needs_exact(packed, N, blocks * 128, stages[0].dtype):
+    if config[0] and needs_exact(packed, N, blocks * 128, stages[0][0].dtype):
         _exact(stages, work, problem, result, config)
     else:
         _fast(stages, scales, work, problem, result, config)
 
 
-@gluon.constexpr_function
-def _mma(rows):
-    return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, rows, 16])
-
-
 @gluon.jit
-def _finish(n, total, work, problem, result, config: gl.constexpr):
+def _finish(n, sums, work, problem, result, config: gl.constexpr):
     """Stores what the n-th piece has come to: sums for others, or its tile of the result."""
     M, N, blocks, tiles, whole = problem
     bias, out, partial, stored, scratch = result
@@ -162,16 +163,16 @@ def _finish(n, total, work, problem, result, config: gl.constexpr):
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     if part == FIRST:
-        store_sums(total, partial, program)
+        store_sums(sums, partial, program)
         barrier()
     if n == when_to_say(work):
         say_stored(partial, stored, program, programs, 128 * BM)
     if part != FIRST:
         if part == LAST:
             others = first_of_tile(program, programs, tiles - whole, blocks, work)
-            total = add_stored(total, partial, stored, others, program - others, programs)
+            sums = add_stored(sums, partial, stored, others, program - others, programs)
         quarters = (scratch, scratch, scratch, scratch)
-        store_tile(total, bias, out, M, N, row, column, quarters, 4, config[3], config[4])
+        store_tile(sums, bias, out, M, N, row, column, quarters, config[3], config[4])
 
 
 @gluon.jit
@@ -179,13 +180,20 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
     """A stage's elements, the half (0 or 1) of a block, as an operand. ``scales`` are those of a canonical weight."""
     x_stages, element_stages, scale_stages, _, _ = stages
     PACKED: gl.constexpr = config[0]
-    MMA: gl.constexpr = _mma(config[1])
+    MMA: gl.constexpr = mma_layout(head_of(config[1]), 8)
     if PACKED:
         return weight_fragment(
-            element_stages.index(stage), scale_stages.index(stage), HALF, 128, MMA, x_stages.dtype, PACKED == 2, False
+            element_stages.index(stage),
+            scale_stages.index(stage),
+            HALF,
+            128,
+            MMA,
+            x_stages[0].dtype,
+            PACKED == 2,
+            False,
         )
     else:
-        return canonical_fragment(element_stages.index(stage), scales, HALF, 128, MMA, x_stages.dtype)
+        return canonical_fragment(element_stages.index(stage), scales, HALF, 128, MMA, x_stages[0].dtype)
 
 
 @gluon.jit
@@ -196,7 +204,6 @@ def _fast(stages, scales, work, problem, result, config: gl.constexpr):
     x_stages, _, _, full, empty = stages
     PACKED: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[2]
-    MMA: gl.constexpr = _mma(config[1])
     pieces = pieces_of(work)
     places = 0
     codes = 0
@@ -213,10 +220,10 @@ def _fast(stages, scales, work, problem, result, config: gl.constexpr):
         if not PACKED:
             places_then = _scale_places(n + 1, scales, work, problem, config)
         blocks = _piece(n, work, problem, config)[3]
-        total = gl.zeros([128, config[1]], gl.float32, MMA)
+        sums = zeros(128, config[1], 8)
         for block in range(blocks):
-            total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
-            total = warpgroup_mma_wait(1, deps=[total])
+            sums = multiply(weight, piece_of_stage(x_stages, stage, 0, 1), sums)
+            sums = wait_for_all_but(1, sums)
             mbarrier.arrive(empty.index(before), pred=block > 0)
             next_codes = codes
             if not PACKED:
@@ -226,17 +233,17 @@ def _fast(stages, scales, work, problem, result, config: gl.constexpr):
             stage, phase = advance(stage, phase, 1, STAGES)
             mbarrier.wait(full.index(stage), phase)
             weight = _decode(stages, codes, stage, 1, config)
-            total = warpgroup_mma(weight, x_stages.index(stage).permute((1, 0)), total, is_async=True)
-            total = warpgroup_mma_wait(1, deps=[total])
+            sums = multiply(weight, piece_of_stage(x_stages, stage, 0, 1), sums)
+            sums = wait_for_all_but(1, sums)
             mbarrier.arrive(empty.index(before))
             before = stage
             stage, phase = advance(stage, phase, 1, STAGES)
             codes = next_codes
             mbarrier.wait(full.index(stage), phase, pred=(block < blocks - 1) | (n < pieces - 1))
             weight = _decode(stages, codes, stage, 0, config)
-        total = warpgroup_mma_wait(0, deps=[total])
+        sums = wait_for_all_but(0, sums)
         mbarrier.arrive(empty.index(before))
-        _finish(n, total, work, problem, result, config)
+        _finish(n, sums, work, problem, result, config)
 
 
 @gluon.jit
@@ -244,7 +251,7 @@ def _scale_places(n, scales, work, problem, config: gl.constexpr):
     """Where the n-th piece's scales begin, of a canonical weight."""
     _, N, blocks, _, _ = problem
     _, column, first, _, _ = _piece(n, work, problem, config)
-    return scale_places(scales, column, N, blocks * 128, 128, _mma(config[1])) + first
+    return scale_places(scales, column, N, blocks * 128, 128, mma_layout(head_of(config[1]), 8)) + first
 
 
 @gluon.jit
@@ -253,25 +260,21 @@ def _exact(stages, work, problem, result, config: gl.constexpr):
     the other, on the older matrix instruction: the compiler serializes all of the newer one where two loops use it.
     """
     x_stages, element_stages, scale_stages, full, empty = stages
-    DTYPE: gl.constexpr = x_stages.dtype
+    DTYPE: gl.constexpr = x_stages[0].dtype
     PACKED: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[2]
-    MMA: gl.constexpr = _mma(config[1])
-    OLDER: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8])
+    MMA: gl.constexpr = mma_layout(head_of(config[1]), 8)
     stage = 0
     phase = 0
     for n in range(pieces_of(work)):
-        total = gl.zeros([128, config[1]], gl.float32, OLDER)
+        sums = zeros(128, config[1], 8)
         for _ in range(_piece(n, work, problem, config)[3]):
             for half in gl.static_range(2):
                 mbarrier.wait(full.index(stage), phase)
                 weight = weight_fragment(
                     element_stages.index(stage), scale_stages.index(stage), half, 128, MMA, DTYPE, PACKED == 2, True
                 )
-                weight = gl.convert_layout(weight, gl.DotOperandLayout(0, OLDER, 2), assert_trivial=True)
-                rows = x_stages.index(stage).permute((1, 0)).load(gl.DotOperandLayout(1, OLDER, 2))
-                total = mma_v2(weight, rows, total)
+                sums = multiply_at_once(weight, piece_of_stage(x_stages, stage, 0, 1), sums)
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = advance(stage, phase, 1, STAGES)
-        total = gl.convert_layout(total, MMA, assert_trivial=True)
-        _finish(n, total, work, problem, result, config)
+        _finish(n, sums, work, problem, result, config)

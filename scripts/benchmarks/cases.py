@@ -27,7 +27,7 @@ PACKED_ROWS = (1, 2, 4, 8, 16, 33, 64, 100, 128, 256)
 PACKED_SHAPES = ((136, 288), (300, 384))
 CANONICAL_ROWS = (1, 2, 5, 16, 40)
 CANONICAL_SHAPES = ((7, 288), (136, 256), (300, 384))
-PLAN_ROWS = (3, 5, 13, 29, 61, 125, 253)
+PLAN_ROWS = (3, 5, 13, 29, 61, 77, 93, 125, 157, 189, 253, 317)
 """Somewhat fewer than the kernels for Hopper have in a tile."""
 
 
@@ -124,7 +124,7 @@ def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
         if plan.parts <= 2:
             yield plan
     elif not plan.shared:
-        yield from (plans.Wide(2), *(plans.Wide(programs, shared=3) for programs in (2, 8, 9)))
+        yield from (plans.Wide(2, 0, plan.rows), *(plans.Wide(programs, 3, plan.rows) for programs in (2, 8, 9)))
 
 
 Weight: TypeAlias = tuple[Tensor, ...]
