@@ -129,7 +129,8 @@ def test_programs_that_share_tiles_find_nothing_of_another_launch(packed: bool) 
     n, k, launched = 4096, 2048, []
     for m in (1100, 1400):
         x, on_chip, bias, expected = problem(m, n, k, torch.bfloat16, packed)
-        (plan,) = (each for each in plans.candidates(m, n, k, processors(), packed) if getattr(each, "shared", 0))
+        found = plans.candidates(m, n, k, processors(), packed)
+        plan = next(each for each in found if getattr(each, "shared", 0))
         out, stream, graph = torch.empty_like(expected), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         hopper._run(plan, x, source_of(on_chip), bias, out)
         with torch.cuda.graph(graph, stream=stream):

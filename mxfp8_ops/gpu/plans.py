@@ -4,10 +4,10 @@ The model counts how many programs there are for a multiprocessor, so it holds f
 multiprocessors. Its tables were fitted to times of H200s (132 multiprocessors), of packed and of canonical weights:
 first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the same plans instead.
 
-- From 9 rows of x on to some 2000 times of 27 shapes, 1024x4096 to 8192x28672 and 37888x3584, with 16 to 1024 rows,
+- From 9 rows of x on to some 7500 times of 32 shapes, 512x8192 to 8192x28672 and 37888x3584, with 16 to 1024 rows,
   beginning with what had been fitted to some 12000 times of earlier kernels, of 44 shapes up to 151936x2048. Its choice
-  took 1.0024 times as long as the fastest plan on average, 1.06 at worst; for sixths of the shapes without which it was
-  fitted 1.005 times on average, 1.09 at worst.
+  took 1.002 times as long as the fastest plan on average, 1.11 at worst; for sixths of the shapes without which it was
+  fitted 1.004 times on average, 1.26 at worst.
 - Up to eight rows, packed, see ``plans_direct``.
 """
 
@@ -33,8 +33,8 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Skinny:
-    """The kernel in ``skinny``: rows of x, consumers along N and along K, stages, registers of a consumer's lane and
-    of any lane at the start (0: as many as there are), parts of a tile.
+    """The kernel in ``skinny``: rows of x (one power of two, or the sum of two), consumers along N and along K, stages,
+    registers of a consumer's lane and of any lane at the start (0: as many as there are), parts of a tile.
     """
 
     rows: int
@@ -59,12 +59,11 @@ class Skinny:
 @dataclass(frozen=True)
 class Wide:
     """The kernel in ``wide``: how many programs there are at most, and how many of the last tiles they all share: in
-    equal parts if each of them gets the same number of programs.
+    equal parts if each of them gets the same number of programs. Rows of x, 256 or 320.
     """
 
     programs: int
     shared: int = 0
-
     rows: int = 256
 
     columns: ClassVar = 128

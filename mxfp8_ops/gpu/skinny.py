@@ -1,4 +1,4 @@
-"""Linear for up to some 128 rows of x, for Hopper, in Gluon: as fast as the weight can be read, packed or canonical.
+"""Linear for up to some 200 rows of x, for Hopper, in Gluon: as fast as the weight can be read, packed or canonical.
 
 One warp of a program only loads: TMA brings stages of 128 elements of K to shared memory, of 64 rows of the weight for
 each consumer, and of x. Consumers, of four warps each, decode the weight into registers and multiply it by x, with the

@@ -28,7 +28,7 @@ PACKED_SHAPES = ((136, 288), (300, 384))
 CANONICAL_ROWS = (1, 2, 5, 16, 40)
 CANONICAL_SHAPES = ((7, 288), (136, 256), (300, 384))
 PLAN_ROWS = (3, 5, 13, 29, 61, 77, 93, 125, 157, 189, 253, 317)
-"""Somewhat fewer than the kernels for Hopper have in a tile."""
+"""Somewhat fewer than the kernels for Hopper have in a tile: each kernel gets as many as it can take of them."""
 
 
 def cases() -> Iterator[Case]:
@@ -109,7 +109,8 @@ def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
     ):
         for m in PLAN_ROWS:
             found = [plan for plan in plans.candidates(m, 300, k, processors, packed) if isinstance(plan, kind)]
-            for plan in (small for each in found if each.rows >= m for small in _small(each)):
+            whole = [each for each in found if m == max(rows for rows in PLAN_ROWS if rows <= each.rows)]
+            for plan in (small for each in whole for small in _small(each)):
                 yield from ((Problem(m, 300, k, dtype, packed), plan) for dtype in DTYPES[:2])
 
 
