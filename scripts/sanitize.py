@@ -109,9 +109,11 @@ def check(sanitizer: str, tool: str, words: list[str], limit: float) -> Finding:
 
 
 def environment() -> dict[str, str]:
-    """Without torch's cache every tensor is an allocation of its own, whose bounds a tool knows."""
+    """Without torch's cache every tensor is an allocation of its own, whose bounds a tool knows. Processes side by side
+    have a core each.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MXFP8_")}
-    return kept | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return kept | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
 
 
 def header(sanitizer: str, words: Sequence[str]) -> tuple[str, str]:
