@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-gpu sanitize sanitize-cpu browser lint format clean
+.PHONY: help demo bench test test-gpu tritons sanitize sanitize-cpu browser lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -27,6 +27,12 @@ test: $(STAMP) browser ## all tests, on WORKERS processes (default 2)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -m gpu
+
+# Without them the tests that compile with them are skipped, except in CI, where they fail.
+tritons: $(STAMP) ## other versions of Triton, with which the tests compile the kernels, too
+	@for version in $$(cat tests/tritons.txt); do [ -d .tritons/$$version ] || \
+	{ $(PIP) install --quiet --no-deps --target .tritons/unfinished "triton==$$version" && \
+	mv .tritons/unfinished .tritons/$$version; } || exit 1; done
 
 sanitize: $(STAMP) ## every GPU kernel under compute-sanitizer; skipped, with the reason, where it cannot run
 	@$(BIN)/python scripts/sanitize.py || [ $$? = 2 ]
@@ -51,7 +57,7 @@ format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove everything made here, .venv included
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .tritons build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that nothing else decides which build of it is taken. The rest is the

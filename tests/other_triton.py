@@ -1,0 +1,49 @@
+"""Compiles a share I of N of the kernels in Gluon for Hopper, with the Triton that is found first, without a device:
+``python other_triton.py I/N``. Prints Triton's version, and each kernel with the bytes that it spills.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from compiling import DTYPES, check_fits, check_loads, check_waits, compiled_at_an_end, tiled_kernels
+
+from mxfp8_ops.gpu import plans, plans_direct
+
+
+def kernels() -> Iterator[tuple[Any, bool, torch.dtype, int]]:
+    """Each in one form of the weight and in one dtype, and how many programs of it a multiprocessor has room for."""
+    dtypes = itertools.cycle(DTYPES)
+    for direct in (*plans_direct.FOUR, *plans_direct.EIGHT):
+        yield direct, True, next(dtypes), direct.at_once
+    for narrow, cost in plans.NARROW.items():
+        yield narrow, True, next(dtypes), cost.at_once
+    forms = itertools.cycle((True, True, False, False))
+    for tiled in tiled_kernels(False):
+        at_once = plans.TABLE[tiled].at_once if isinstance(tiled, plans.Skinny) else 1
+        yield tiled, next(forms), next(dtypes), at_once
+
+
+def main(share: str) -> None:
+    print(triton.__version__)
+    first, step = map(int, share.split("/"))
+    for kernel, packed, dtype, at_once in itertools.islice(kernels(), first, None, step):
+        with tempfile.TemporaryDirectory() as folder:
+            found = compiled_at_an_end(kernel, packed, dtype, Path(folder))
+        check_fits(found, at_once)
+        check_waits(found)
+        if isinstance(kernel, plans.Skinny | plans.Wide):
+            check_loads(found)
+            assert "serialized" not in found.log, found.log
+        print(kernel, "packed" if packed else "canonical", dtype, found.spilled)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
