@@ -31,7 +31,7 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device; skipped, with the reaso
 # Without them the tests that compile with them are skipped, except in CI, where they fail.
 tritons: $(STAMP) ## other versions of Triton, with which the tests compile the kernels, too
 	@for version in $$(cat tests/tritons.txt); do [ -d .tritons/$$version ] || \
-	{ $(PIP) install --quiet --no-deps --target .tritons/unfinished "triton==$$version" && \
+	{ rm -rf .tritons/unfinished && $(PIP) install --quiet --no-deps --target .tritons/unfinished "triton==$$version" && \
 	mv .tritons/unfinished .tritons/$$version; } || exit 1; done
 
 sanitize: $(STAMP) ## every GPU kernel under compute-sanitizer; skipped, with the reason, where it cannot run

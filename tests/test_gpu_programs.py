@@ -103,6 +103,7 @@ def test_parts_have_a_block_at_least_where_there_are_as_many(program: SimpleName
 @CHIP
 def test_both_forms_are_cut_up_alike(processors: int) -> None:
     """So what is shown here of packed weights holds for canonical ones."""
+    of_the_weight = "elements", "scales", "packed", "PACKED"
     for size in SIZES:
         found = [candidates(*size, processors, packed) for packed in (True, False)]
         assert [each for each in found[0] if isinstance(each, Skinny | Wide)] == found[1]
@@ -110,17 +111,7 @@ def test_both_forms_are_cut_up_alike(processors: int) -> None:
         if k % 128 == 0:
             for one, other in zip(launches(chosen, m, n, k), launches(chosen, m, n, k, packed=False), strict=True):
                 assert (one.kernel, one.grid) == (other.kernel, other.grid)
-                same = set(one.named) - {
-                    "x",
-                    "later_x",
-                    "bias",
-                    "out",
-                    "partial",
-                    "elements",
-                    "scales",
-                    "packed",
-                    "PACKED",
-                }
+                same = set(one.named) - {"x", "later_x", "bias", "out", "partial", *of_the_weight}
                 assert {name: one.named[name] for name in same} == {name: other.named[name] for name in same}
 
 

@@ -23,8 +23,8 @@ def head_of(rows):
 
 @gluon.constexpr_function
 def mma_layout(rows, warps):
-    """Of a product with so many rows of x, one power of two."""
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, rows, 16])
+    """Of a product with so many rows of x, or with their head where they are no power of two."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, head_of(rows), 16])
 
 
 def box_rows(rows: int, m: int) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def box_rows(rows: int, m: int) -> tuple[int, int]:
     first ones come in two boxes where x has fewer, but not of less than 8, after which the order in shared memory
     repeats.
     """
-    head = 1 << rows.bit_length() - 1
+    head = head_of(rows)
     return head if m >= head else max(head // 2, 8), rows - head
 
 

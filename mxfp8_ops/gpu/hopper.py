@@ -136,13 +136,12 @@ def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor 
     partial = packed
     if chosen.parts > 1:
         partial = partial_sums.memory(programs * chosen.across, 64 * chosen.rows, x.device)
-    rows, *all_x = _rows_of_x(x, chosen.rows)
-    pointers = *all_x, elements, scales, packed, x if bias is None else bias, out, partial
+    pointers = *_rows_of_x(x, chosen.rows), elements, scales, packed, x if bias is None else bias, out, partial
     launch(
         mxfp8_linear_skinny,
         (programs,),
         (*pointers, m, n, k, chosen.parts, partial_sums.STORED),
-        (_packed(source), *chosen.constants, rows, bias is not None),
+        (_packed(source), *chosen.constants, bias is not None),
         num_warps=4,
         maxnreg=chosen.registers or None,
         dependent=settings.dependent_launch(),
@@ -156,23 +155,22 @@ def _wide(chosen: Wide, x: Tensor, source: Tensor | Canonical, bias: Tensor | No
     partial = packed
     if chosen.shared:
         partial = partial_sums.memory(chosen.programs, chosen.rows * chosen.columns, x.device)
-    rows, *all_x = _rows_of_x(x, chosen.rows)
-    pointers = *all_x, elements, scales, packed, x if bias is None else bias, out, partial
+    pointers = *_rows_of_x(x, chosen.rows), elements, scales, packed, x if bias is None else bias, out, partial
     launch(
         mxfp8_linear_wide,
         (chosen.programs if chosen.shared else min(tiles, chosen.programs),),
         (*pointers, m, n, k, tiles, tiles - chosen.shared, partial_sums.STORED),
-        (_packed(source), *chosen.constants, rows, bias is not None),
+        (_packed(source), *chosen.constants, bias is not None),
         num_warps=8,
         dependent=settings.dependent_launch(),
     )
 
 
-def _rows_of_x(x: Tensor, rows: int) -> tuple[int, Any, Any]:
-    """For tiles of so many rows the arguments BOX, ``x`` and ``later_x`` of the kernels."""
+def _rows_of_x(x: Tensor, rows: int) -> tuple[Any, Any]:
+    """The arguments ``x`` and ``later_x`` of the kernels, for tiles of so many rows."""
     first, later = box_rows(rows, x.shape[0])
     shape, strides = tuple(x.shape), (x.shape[1], 1)
-    return first, (x, box((first, 64), _X), shape, strides), (x, box((later, 64), _X), shape, strides) if later else x
+    return (x, box((first, 64), _X), shape, strides), (x, box((later, 64), _X), shape, strides) if later else x
 
 
 def _packed(source: Tensor | Canonical) -> int:

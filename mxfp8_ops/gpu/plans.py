@@ -250,7 +250,7 @@ def _tiled(m: int, n: int, k: int, processors: int) -> Iterator[Tiled]:
             if tiles * parts <= 2 * cost.at_once * processors and parts * 2 * kind.along <= blocks:
                 yield replace(kind, parts=parts)
     for height in WIDE:
-        if m > (128 if height == 256 else 256):  # more than half of it, or than the next lower one has
+        if rows >= height:
             yield from _wides(height, m, n, blocks, processors)
 
 

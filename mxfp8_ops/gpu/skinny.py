@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
 from .heights import (
-    head_of,
     load_rows,
     mma_layout,
     multiply,
@@ -45,7 +44,7 @@ _ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 @gluon.jit(do_not_specialize=["M", "parts", "stored"])
 def mxfp8_linear_skinny(
-    x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
+    x,  # TMA descriptor, [M, K], in boxes of as many rows as a tile begins with, or half of them, by 64
     later_x,  # TMA descriptor, [M, K], boxes of the rows of a tile after its head; or anything
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
     scales,  # PACKED: TMA descriptor, the same tensor, boxes of [2, 32]; else pointer [N, K / 128] int32
@@ -64,7 +63,6 @@ def mxfp8_linear_skinny(
     S: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
-    BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     gl.static_assert(STAGES % S == 0)  # a stage is always the same consumers': they count how often it was filled
@@ -102,7 +100,7 @@ def mxfp8_linear_skinny(
     source = (packed, scales, first, N, K)
     result = (bias, out, partial, stored.to(gl.int64), groups, summed, M, N, row, column, part, parts)
     work = (M, row, column // 64, first, steps, blocks)
-    config: gl.constexpr = (PACKED, BM, R, S, STAGES, BOX, HAS_BIAS)
+    config: gl.constexpr = (PACKED, BM, R, S, STAGES, x.block_type.shape[0], HAS_BIAS)
     if steps > 0:  # at once: it takes a moment until the warp that loads has begun
         _fill(all_x, elements, scales, stages, work, first, 0, config)
     if R * S == 1:
@@ -194,7 +192,7 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
     HAS_BIAS: gl.constexpr = config[6]
     r: gl.constexpr = consumer % R
     s: gl.constexpr = consumer // R
-    MMA: gl.constexpr = mma_layout(head_of(BM), 4)
+    MMA: gl.constexpr = mma_layout(BM, 4)
     if not PACKED:
         places = scale_places(scales, column + r * 64, N, K, 64, MMA) + first
         sums = _products(stages, places, steps, r, s, False, config)
@@ -286,7 +284,7 @@ def _products(
     R: gl.constexpr = config[2]
     S: gl.constexpr = config[3]
     STAGES: gl.constexpr = config[4]
-    MMA: gl.constexpr = mma_layout(head_of(BM), 4)
+    MMA: gl.constexpr = mma_layout(BM, 4)
     DTYPE: gl.constexpr = x_stages[0].dtype
     sums = zeros(64, BM, 4)
     stage = s

@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .canonical import canonical_fragment, scale_places
 from .fragments import needs_exact, weight_fragment
 from .heights import (
-    head_of,
     load_rows,
     mma_layout,
     multiply,
@@ -42,7 +41,7 @@ from .versions import barrier, load_box
 
 @gluon.jit(do_not_specialize=["M", "tiles", "whole", "stored"])
 def mxfp8_linear_wide(
-    x,  # TMA descriptor, [M, K], boxes of [BOX, 64]
+    x,  # TMA descriptor, [M, K], in boxes of as many rows as a tile begins with, or half of them, by 64
     later_x,  # TMA descriptor, [M, K], boxes of the rows of a tile after its head; or anything
     elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [64, 32]; else [N, K / 4] int32, boxes of [128, 16]
     scales,  # PACKED: TMA descriptor, the same tensor, boxes of [4, 32]; else pointer [N, K / 128] int32
@@ -59,7 +58,6 @@ def mxfp8_linear_wide(
     PACKED: gl.constexpr,  # 1: for x of bfloat16, 2: of float16; 0: not
     BM: gl.constexpr,
     STAGES: gl.constexpr,
-    BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     x_stages = stages_of_rows(x, STAGES, 1, BM)
@@ -83,7 +81,7 @@ def mxfp8_linear_wide(
     blocks = (K + 127) // 128
     problem = (M, N, blocks, tiles, whole)
     result = (bias, out, partial, stored.to(gl.int64), scratch)
-    config: gl.constexpr = (PACKED, BM, STAGES, BOX, HAS_BIAS)
+    config: gl.constexpr = (PACKED, BM, STAGES, x.block_type.shape[0], HAS_BIAS)
     work = work_of(gl.program_id(0), gl.num_programs(0), tiles, whole, blocks)
     row, column, first, _, _ = _piece(0, work, problem, config)
     if pieces_of(work) > 0:  # at once: it takes a moment until the warp that loads has begun
@@ -180,20 +178,13 @@ def _decode(stages, scales, stage, HALF: gl.constexpr, config: gl.constexpr):
     """A stage's elements, the half (0 or 1) of a block, as an operand. ``scales`` are those of a canonical weight."""
     x_stages, element_stages, scale_stages, _, _ = stages
     PACKED: gl.constexpr = config[0]
-    MMA: gl.constexpr = mma_layout(head_of(config[1]), 8)
+    MMA: gl.constexpr = mma_layout(config[1], 8)
+    DTYPE: gl.constexpr = x_stages[0].dtype
+    elements = element_stages.index(stage)
     if PACKED:
-        return weight_fragment(
-            element_stages.index(stage),
-            scale_stages.index(stage),
-            HALF,
-            128,
-            MMA,
-            x_stages[0].dtype,
-            PACKED == 2,
-            False,
-        )
+        return weight_fragment(elements, scale_stages.index(stage), HALF, 128, MMA, DTYPE, PACKED == 2, False)
     else:
-        return canonical_fragment(element_stages.index(stage), scales, HALF, 128, MMA, x_stages[0].dtype)
+        return canonical_fragment(elements, scales, HALF, 128, MMA, DTYPE)
 
 
 @gluon.jit
@@ -251,7 +242,7 @@ def _scale_places(n, scales, work, problem, config: gl.constexpr):
     """Where the n-th piece's scales begin, of a canonical weight."""
     _, N, blocks, _, _ = problem
     _, column, first, _, _ = _piece(n, work, problem, config)
-    return scale_places(scales, column, N, blocks * 128, 128, mma_layout(head_of(config[1]), 8)) + first
+    return scale_places(scales, column, N, blocks * 128, 128, mma_layout(config[1], 8)) + first
 
 
 @gluon.jit
@@ -263,7 +254,7 @@ def _exact(stages, work, problem, result, config: gl.constexpr):
     DTYPE: gl.constexpr = x_stages[0].dtype
     PACKED: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[2]
-    MMA: gl.constexpr = mma_layout(head_of(config[1]), 8)
+    MMA: gl.constexpr = mma_layout(config[1], 8)
     stage = 0
     phase = 0
     for n in range(pieces_of(work)):
