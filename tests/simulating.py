@@ -151,10 +151,11 @@ class Kept:
         return self.value
 
 
-def _assembly(text: str, constraints: str, args: list[Array], *_: Any) -> Any:
+def _assembly(text: str, constraints: str, args: list[Array | int], *_: Any) -> Any:
     """Executes PTX."""
     outputs = constraints.count("=")
-    values: dict[str, Tensor] = {f"${outputs + i}": arg.contiguous() for i, arg in enumerate(args)}
+    given = (arg if isinstance(arg, Tensor) else torch.tensor(arg, dtype=torch.int32) for arg in args)
+    values = {f"${outputs + i}": array(arg).contiguous() for i, arg in enumerate(torch.broadcast_tensors(*given))}
     for statement in text.removeprefix("{\n").removesuffix("}").split(";"):
         name, _, operands = statement.strip().partition(" ")
         if name in ("", ".reg"):
@@ -190,8 +191,12 @@ def _instruction(name: str, args: list[Tensor]) -> Tensor:
     if name == "cvt.rn.f16x2.e4m3x2":
         return args[0][..., None].view(torch.float8_e4m3fn).to(torch.float16).view(torch.int32).squeeze(-1)
     kind = torch.bfloat16 if ".bf16x2" in name else torch.float16
-    if name in ("mul.rn.bf16x2", "mul.rn.f16x2", "add.rn.bf16x2", "set.eq.u32.bf16x2"):
-        one, other = (arg.contiguous().view(kind) for arg in args)
+    if name in ("min.u16x2", "max.u16x2"):  # of halves without a sign: below 2**15 they are the same with one
+        one, other = (arg.view(torch.int16) for arg in args)
+        assert min(one.min(), other.min()) >= 0
+        return (torch.minimum if name.startswith("min") else torch.maximum)(one, other).view(torch.int32)
+    if name in ("mul.rn.bf16x2", "mul.rn.f16x2", "add.rn.bf16x2", "set.eq.u32.bf16x2", "set.eq.u32.f16x2"):
+        one, other = (arg.view(kind) for arg in args)
         if name.startswith("set"):  # all bits of a half
             return (-(one == other).to(torch.int16)).view(torch.int32)
         return (one + other if name.startswith("add") else one * other).view(torch.int32)

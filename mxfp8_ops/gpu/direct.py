@@ -227,7 +227,8 @@ def _scale(codes, word, SIZES: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.cons
     if EXACT:
         zero, one = scale_to_float32((codes >> (k5 * 8)) & 0xFF), scale_to_float32((codes >> (k5 * 8 + 16)) & 0xFF)
     else:
-        numbers = k5 * 0x0101 + 0x4240  # of the codes of both k6, each in half a word
+        # Of the codes of both k6, where `fast_scales` wants them.
+        numbers = k5 * 0x0101 + 0x4240 if gl.bfloat16 == DTYPE else k5 * 0x1001 + 0x2440
         both = gl.inline_asm_elementwise(_EXTRACT, "=r,r,r", [codes, numbers], gl.int32, True, 1)
         zero, one = fast_scales(both, DTYPE)
     scale = gl.convert_layout(gl.join(zero, one), GROUP, assert_trivial=True)

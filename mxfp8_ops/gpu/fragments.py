@@ -133,8 +133,10 @@ def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.cons
     """Two of the four scales in a word, in the form that ``scaled`` takes."""
     if EXACT:
         return one_scale(scales, FIRST, DTYPE, True), one_scale(scales, SECOND, DTYPE, True)
-    else:
+    elif gl.bfloat16 == DTYPE:
         return fast_scales(bytes_in_halves(scales, FIRST, SECOND), DTYPE)
+    else:
+        return fast_scales(bytes_at_ends(scales, FIRST, SECOND), DTYPE)
 
 
 @gluon.jit
@@ -151,14 +153,16 @@ def one_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.conste
 
 @gluon.jit
 def fast_scales(codes, DTYPE: gl.constexpr):
-    """2**120 (bfloat16) or 2**8 (float16) times the scales of two codes, the halves of a word, each in both halves of
-    one. But only one word is made of the two: instructions that multiply can take either half of it twice.
+    """2**120 (bfloat16) or 2**8 (float16) times the scales of two codes, the halves of a word, or for float16 its first
+    and last byte; each in both halves of a word. But only one word is made of the two: instructions that multiply can
+    take either half of it twice.
     """
     if gl.bfloat16 == DTYPE:  # bits without a carry, as no code is above 134
         both = codes * 0x80 + 0x3C003C00
     else:
-        one = (codes * 0x00800000 + 0x04000000).to(gl.float32, bitcast=True)  # the upper code has gone over the top
-        other = ((codes >> 16) * 0x00800000 + 0x04000000).to(gl.float32, bitcast=True)
+        one = (codes << 23) + 0x04000000  # the last byte has gone over the top
+        other = ((codes >> 1) & 0x7FFFFFFF) + 0x04000000  # and the first one is less than what is rounded off
+        one, other = one.to(gl.float32, bitcast=True), other.to(gl.float32, bitcast=True)
         both = gl.inline_asm_elementwise(_ROUND_FLOAT16, "=r,f,f", [one, other], gl.int32, True, 1)
     return each_twice(both)
 
@@ -180,6 +184,17 @@ def bytes_in_halves(word, FIRST: gl.constexpr, SECOND: gl.constexpr):
 @gluon.constexpr_function
 def _to_halves(first, second):
     return f"prmt.b32 $0, $1, 0, {0x4040 + second * 0x100 + first};"
+
+
+@gluon.jit
+def bytes_at_ends(word, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    """Two bytes of words by their numbers, as the first and the last byte of one."""
+    return gl.inline_asm_elementwise(_to_ends(FIRST, SECOND), "=r,r", [word], gl.int32, True, 1)
+
+
+@gluon.constexpr_function
+def _to_ends(first, second):
+    return f"prmt.b32 $0, $1, 0, {0x0440 + second * 0x1000 + first};"
 
 
 @gluon.jit
