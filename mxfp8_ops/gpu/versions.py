@@ -1,8 +1,8 @@
 """Names that Gluon, which is experimental, has changed from one version of Triton to the next.
 
 The kernels compile for Hopper with Triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0; CI has the oldest, the newest, and the one
-that goes with torch. They were run with 3.6, which goes with torch 2.11, and, in an earlier state, with 3.7, which goes
-with 2.13. Where they do not compile, ``dispatch`` does without them.
+that goes with torch. They were run with 3.6, which goes with torch 2.11, and with 3.7, which goes with 2.13. Where they
+do not compile, ``dispatch`` does without them.
 """
 
 from __future__ import annotations
