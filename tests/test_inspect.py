@@ -179,12 +179,13 @@ def test_only_keeps_matching_weights_and_their_links(mixed) -> None:
 
 
 def test_explain_leaves_nothing_behind() -> None:
+    """Dynamo itself keeps graphs of other tests: those that end in a graph break, even after a reset."""
     model = Chain()
-    before = lowering.report.recent()
+    before, kept = lowering.report.recent(), set(store._entries)
     with torch.no_grad():
         report = lowering.explain(model, rows(), dequant_at_load=True)
     assert report.counts["folded"] == 2
-    assert len(store._entries) == 0
+    assert set(store._entries) <= kept
     weight = weakref.ref(model.up.weight)
     del model
     gc.collect()
