@@ -42,8 +42,16 @@ def options(dequant_at_load: bool | None = None, pack_at_load: bool | None = Non
         dequant_at_load: beats ``MXFP8_DEQUANT_AT_LOAD`` unless None.
         pack_at_load: beats ``MXFP8_PACK_AT_LOAD`` unless None.
         inductor: further options of Inductor; passes of yours in our two slots run before ours.
+
+    Raises:
+        TypeError: a flag is no bool, or an option is one that only the backend and ``enable()`` have.
     """
     Options(dequant_at_load, pack_at_load=pack_at_load)  # raises on a bad value
+    if only_the_backends := sorted(Options.__dataclass_fields__.keys() & inductor.keys()):
+        raise TypeError(
+            f"lowering.options() has no {', '.join(only_the_backends)}: "
+            'passes cannot do that; use torch.compile(m, backend="mxfp8", options={...}) or lowering.enable()'
+        )
     patches = {**compat.run_pre_grad_on_every_compile(), **inductor}
     patches = passes.install(patches, compat.PRE_GRAD, passes.RecognisePass(dequant_at_load))
     return passes.install(patches, compat.POST_GRAD, passes.LowerPass(dequant_at_load, pack_at_load))

@@ -262,7 +262,7 @@ def print_runs(console: Console, runs: list[Run]) -> None:
         "fused pointwise operators where eager mode rounds each to bfloat16 (less so with "
         "torch._inductor.config.emulate_precision_casts): the control has it without any MXFP8. "
         f"Between (3) and (4) it is {between:.5f}.\n"
-        "(4) holds packed and dequantized weights: release_quantized=True frees the packed ones."
+        "(4) holds MXFP8 and dequantized weights: release_quantized=True frees the MXFP8 ones."
     )
 
 

@@ -93,6 +93,13 @@ def test_options_reject_a_bad_flag() -> None:
         lowering.options(dequant_at_load="yes")
 
 
+@pytest.mark.parametrize("name", ["merge_linears", "release_quantized"])
+def test_options_reject_what_only_the_backend_has(name: str) -> None:
+    """Inductor would list all of its own options."""
+    with pytest.raises(TypeError, match=rf"has no {name}: .* use torch\.compile\(m, backend=\"mxfp8\""):
+        lowering.options(**{name: True})
+
+
 def test_import_leaves_the_configuration_alone() -> None:
     assert config.post_grad_custom_post_pass is None
     assert config.pre_grad_custom_pass is None
