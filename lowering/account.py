@@ -22,7 +22,6 @@ from .graph import (
     StaticView,
     arguments,
     called,
-    cast_to,
     is_dequant,
     is_linear_packed,
     is_plain_linear,
@@ -33,6 +32,7 @@ from .graph import (
     value_of,
     view_name,
 )
+from .recognising import cast_to
 from .report import GraphReport
 from .slots import Pair, Request
 from .text import dtype_name

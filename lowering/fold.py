@@ -24,7 +24,8 @@ from mxfp8_ops import ops, settings
 
 from . import passes
 from .forms import Form
-from .graph import returned_storages, storages, value_of
+from .graph import value_of
+from .writes import returned_storages, storages
 
 
 def _constant(node: fx.Node) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from mxfp8_ops import settings
 
 from . import compat
-from .watch import Watch
+from .watch import Watch, layouts
 from .weights import FOLDED, WeightReport
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class FrozenCall:
 
     def __init__(self, compiled: Callable[..., Any], eager: fx.GraphModule, tensors: list[Tensor]) -> None:
         self.compiled, self.eager, self.tensors = compiled, eager, tensors
-        self.seen = Watch(tensors)
+        self.seen, self.layouts = Watch(tensors), layouts(tensors)
         self.stale = False
         with _lock:
             _calls.add(self)
@@ -47,7 +47,7 @@ class FrozenCall:
         return FrozenCall(compiled, compat.copy_graph_module(gm), tensors) if tensors else compiled
 
     def __call__(self, *args: Any) -> Any:
-        if not self.stale and self.seen.sees_no_change(self.tensors):
+        if not self.stale and self.seen.sees_no_change(self.tensors) and layouts(self.tensors) == self.layouts:
             return self.compiled(*args)
         if not self.stale:
             self.expire()

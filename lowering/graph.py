@@ -1,10 +1,10 @@
-"""Reading Dynamo's graphs: which calls are MXFP8, what their weights are made of, what may change them."""
+"""Reading Dynamo's graphs: which calls are MXFP8, what their weights are made of."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mxfp8_ops import ops, packed
-from mxfp8_ops.format import COMPUTE_DTYPES
 
 from . import compat
 
@@ -21,7 +20,6 @@ _PLAIN_LINEAR = {F.linear, torch.ops.aten.linear, torch.ops.aten.linear.default}
 _LINEAR = {ops.linear, torch.ops.mxfp8.linear}
 _LINEAR_PACKED = {packed.linear_packed, torch.ops.mxfp8.linear_packed}
 _DEQUANT = {ops.dequant, torch.ops.mxfp8.dequant}
-_CASTS = {"float": torch.float32, "bfloat16": torch.bfloat16, "half": torch.float16}
 
 
 def is_linear(node: object) -> bool:
@@ -66,89 +64,6 @@ def called(node: fx.Node) -> str:
 def leaves(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph, then the constants it reads."""
     return [*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr")]
-
-
-# --- F.linear(x, dequant(w, s)) is linear(x, w, s) --------------------------------------------------------
-
-
-def recognise_all(gm: fx.GraphModule) -> int:
-    """``recognise`` in the graph and in the sub-graphs of its higher-order operators; returns how many."""
-    return sum(recognise(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule))
-
-
-def recognise(graph: fx.Graph) -> int:
-    """Rewrites plain linears on a dequantized weight into ``mxfp8::linear``; returns how many.
-
-    before: ``w = mxfp8.dequant(weight, scale, bfloat16); w = w.to(float16); y = linear(x, w, bias)``
-    after:  ``y = mxfp8.linear(x, weight, scale, bias)``
-
-    Only where both round alike: ``mxfp8::linear`` rounds the exact value once to its own dtype. So
-    ``dequant(..., bfloat16).to(float32)``, which rounds scale bytes below 3 to bfloat16 first, stays as it is.
-    """
-    count = 0
-    for node in list(graph.nodes):
-        if not is_plain_linear(node):
-            continue
-        x, weight, bias = arguments(node, "input", "weight", "bias")
-        result = value_of(node)
-        found = _dequantized(weight)
-        if found is None or not isinstance(result, Tensor) or result.dtype not in COMPUTE_DTYPES:
-            continue
-        dequant, dtype = found
-        if not _rounds_alike(dtype, result.dtype):
-            continue
-        packed, scale, _ = arguments(dequant, "weight", "scale", "dtype")
-        shape = getattr(value_of(packed), "shape", ())
-        if len(shape) != 2:
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(ops.linear, (x, packed, scale, bias))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        _erase_unused(graph, weight)
-        count += 1
-    return count
-
-
-def _dequantized(node: object) -> tuple[fx.Node, torch.dtype] | None:
-    """The dequant a weight comes from through casts that lose nothing, and the dtype it then has."""
-    if not isinstance(node, fx.Node):
-        return None
-    if is_dequant(node):
-        return node, arguments(node, "weight", "scale", "dtype")[2]
-    dtype = cast_to(node)
-    inner = _dequantized(node.args[0]) if dtype is not None else None
-    if inner is None or dtype is None or not _rounds_alike(inner[1], dtype):
-        return None
-    return inner[0], dtype
-
-
-def cast_to(node: fx.Node) -> torch.dtype | None:
-    """The dtype a node casts its input to, None if it is no cast."""
-    if node.op != "call_method":
-        return None
-    if node.target in _CASTS and len(node.args) == 1:
-        return _CASTS[node.target]
-    if node.target in ("to", "type") and len(node.args) + len(node.kwargs) == 2:
-        dtype = node.args[1] if len(node.args) == 2 else node.kwargs.get("dtype")
-        return dtype if isinstance(dtype, torch.dtype) else None
-    return None
-
-
-def _rounds_alike(through: torch.dtype, to: torch.dtype) -> bool:
-    """Whether dequant to ``through``, then a cast to ``to``, equals dequant to ``to`` for every code.
-
-    float32 holds every value exactly. bfloat16 is inexact only for values that are 0 or inf in float16.
-    """
-    return through in (to, torch.float32) or (through, to) == (torch.bfloat16, torch.float16)
-
-
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    while isinstance(node, fx.Node) and not node.users and (is_dequant(node) or cast_to(node) is not None):
-        inner = node.args[0]
-        graph.erase_node(node)
-        node = inner  # type: ignore[assignment]
 
 
 # --- static weights: views of one graph input -------------------------------------------------------------
@@ -231,47 +146,6 @@ def _index_text(index: object) -> str:
         return str(index)
     parts = ["" if each is None else str(each) for each in (index.start, index.stop, index.step)]
     return ":".join(parts if parts[2] else parts[:2])
-
-
-# --- what changes, and what leaves ------------------------------------------------------------------------
-
-_AUGMENTED_ASSIGNMENTS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv}
-_AUGMENTED_ASSIGNMENTS |= {operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior}
-_AUGMENTED_ASSIGNMENTS |= {operator.ixor, operator.ilshift, operator.irshift, operator.iconcat}
-
-
-def storages(node: object) -> set[int]:
-    """Identities of the storages behind a node's value: nodes that share one are views of each other."""
-    tensors = torch.utils._pytree.tree_leaves(value_of(node))
-    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
-
-
-def written_storages(graph: fx.Graph) -> set[int]:
-    """Storages that some node of the graph writes, or may write as far as can be told."""
-    return {storage for node in graph.nodes for target in _written(node) for storage in storages(target)}
-
-
-def returned_storages(graph: fx.Graph) -> set[int]:
-    """Storages that leave the graph with its outputs."""
-    return {storage for node in graph.output_node().all_input_nodes for storage in storages(node)}
-
-
-def _written(node: fx.Node) -> Iterator[object]:
-    if "out" in node.kwargs:
-        yield node.kwargs["out"]
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        if sub_graphs(node) is None:
-            yield from node.all_input_nodes
-    elif isinstance(target, torch._ops.OpOverload):
-        for argument, value in zip(target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                yield value
-    elif node.op in ("call_method", "call_function") and node.args:
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name in ("setitem", "__setitem__") or target in _AUGMENTED_ASSIGNMENTS:
-            yield node.args[0]
 
 
 # --- sub-graphs of higher-order operators -----------------------------------------------------------------

@@ -23,11 +23,12 @@ from torch import Tensor, fx
 from . import compat, merge, released, store
 from .account import Account
 from .forms import Form, Packed, Wanted
-from .graph import arguments, is_dequant, is_linear, is_linear_packed, storages, value_of, view_name
+from .graph import arguments, is_dequant, is_linear, is_linear_packed, value_of, view_name
 from .levels import Level, Site, Use, drop_folded_operands, erase_unused_views, levels_below
 from .report import GraphReport
 from .slots import Folded, Pair, Request, Slot
 from .weights import WeightReport
+from .writes import storages
 
 FLAG_IS_OFF = "the flag is not on"
 

@@ -20,13 +20,12 @@ from .graph import (
     is_dequant,
     is_linear,
     is_linear_packed,
-    returned_storages,
     static_view,
     sub_graphs,
     value_of,
-    written_storages,
 )
 from .slots import Pair
+from .writes import returned_storages, written_storages
 
 
 @dataclass

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from . import compat
-from .graph import arguments, called, is_linear, returned_storages, storages, value_of, written_storages
+from .graph import arguments, called, is_linear, value_of
+from .writes import returned_storages, storages, written_storages
 
 _LEAVES = ("placeholder", "get_attr")
 """What is there before the first call."""

@@ -23,8 +23,9 @@ from mxfp8_ops import settings
 
 from . import calls, compat, kernels, report
 from .forms import Wanted
-from .graph import label_leaves, leaf_name, leaves, recognise, recognise_all
+from .graph import label_leaves, leaf_name, leaves
 from .hoist import FLAG_IS_OFF, Hoist
+from .recognising import recognise, recognise_all
 from .report import GraphBreak, GraphReport
 from .slots import Folded
 from .text import graph_lines

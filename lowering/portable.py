@@ -22,7 +22,9 @@ from mxfp8_ops import gpu, ops, packed, settings
 from mxfp8_ops.nn import Mxfp8Linear, PackedMxfp8Linear
 
 from . import compat, kernels, released
-from .graph import is_dequant, is_linear, recognise_all, value_of
+from .graph import is_dequant, is_linear, value_of
+from .recognising import recognise_all
+from .writes import storages, written_storages
 
 
 def program(
@@ -111,18 +113,22 @@ def _lower(graph: fx.Graph, share: bool) -> None:
 
     Args:
         share: one loop for every use of a weight, which is right if it runs once; else the first use would keep the
-            dequantized weight in memory until the last.
+            dequantized weight in memory until the last. What the graph writes to has a loop for each use.
     """
     loops: dict[tuple[Any, ...], fx.Node] = {}
+    written = written_storages(graph)
     for node in list(graph.nodes):
         if not is_linear(node) and not is_dequant(node):
             continue
         x, weight, scale, bias = node.args if is_linear(node) else (None, *node.args[:2], None)
         key = weight, scale, value_of(node).dtype
-        loop = loops.get(key) if share else None
+        shared = share and not storages((node, weight, scale)) & written
+        loop = loops.get(key) if shared else None
         if loop is None:
             _check_device(value_of(weight).device)
-            loop = loops[key] = _call_before(node, kernels.dequant_loop, *key)
+            loop = _call_before(node, kernels.dequant_loop, *key)
+            if shared:
+                loops[key] = loop
         new = _call_before(node, torch.ops.aten.linear.default, x, loop, bias) if is_linear(node) else loop
         node.replace_all_uses_with(new)
         graph.erase_node(node)

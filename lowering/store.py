@@ -18,10 +18,11 @@ from torch import Tensor
 
 from . import released
 from .forms import Form, Packed
-from .watch import Watch
+from .watch import Watch, layouts
 
 View: TypeAlias = Callable[[Tensor], Tensor]
-Key: TypeAlias = tuple[tuple[int, ...], str, Form]
+Key: TypeAlias = tuple[tuple[int, ...], tuple[object, ...], Form]
+"""Identities of the tensors; what was taken of each, and how it lay in memory; the form."""
 
 _lock = threading.RLock()
 _entries: weakref.WeakValueDictionary[Key, Entry] = weakref.WeakValueDictionary()
@@ -102,12 +103,13 @@ def _rows_of_all(tensors: list[Tensor]) -> Tensor:
 
 
 def entry(tensors: tuple[Tensor, ...], views: tuple[View, ...], text: str, form: Form) -> Entry:
-    """The entry of these tensors, made when there is none. ``text`` names the views.
+    """The entry of these tensors, made when there is none. ``text`` names the views. A graph is for tensors of certain
+    shapes and strides, which ``.data =`` may change: with others they have another entry.
 
     Raises:
         ValueError: a weight was released, and not in this form.
     """
-    key = (tuple(map(id, tensors)), text, form)
+    key = (tuple(map(id, tensors)), (text, *layouts(tensors)), form)
     with _lock:
         found = _entries.get(key)
         if found is None or any(ref() is not tensor for ref, tensor in zip(found.tensors, tensors, strict=True)):

@@ -80,6 +80,13 @@ def _without_data(tensor: Tensor) -> Tensor:
     return alias
 
 
+def layouts(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, tuple[int, ...]]]:
+    """Shapes and strides, which ``.data =`` may change where the address stays. Dynamo's guards see that, but not under
+    freezing.
+    """
+    return [(tensor.size(), tensor.stride()) for tensor in tensors]
+
+
 def _addresses_of_objects(items: tuple[object, ...]) -> Hashable:
     """What CPython's tuple of these objects is: their addresses, which ``id`` would tell one by one."""
     return ctypes.string_at(id(items) + tuple.__basicsize__, len(items) * ctypes.sizeof(ctypes.c_void_p))

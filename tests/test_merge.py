@@ -170,6 +170,13 @@ def x_written_between(x: Tensor) -> list[Tensor]:
     return [first, K(x) * 1]
 
 
+def x_activated_between(x: Tensor) -> list[Tensor]:
+    x = x - 1
+    first = Q(x) * 1
+    F.relu(x, inplace=True)
+    return [first, K(x) * 1]
+
+
 def under_no_grad(x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         first = Q(x) * 1
@@ -196,7 +203,9 @@ UNMERGED: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "a result is returned": lambda x: [Q(x), K(x) * 1],
     "a view of a result is returned": lambda x: [Q(x).view(-1), K(x) * 1],
     "a result is written to": lambda x: [written(x), K(x) * 1],
+    "a result is written to by its activation": lambda x: [F.relu(Q(x), inplace=True) * 1, K(x) * 1],
     "x is written to between them": x_written_between,
+    "x is written to by an activation between them": x_activated_between,
     "one is under no_grad": under_no_grad,
     "one is under autocast to another dtype": under_autocast,
     "a weight is computed in the graph": computed,

@@ -52,6 +52,10 @@ def swap_data(model: Mxfp8Linear) -> None:
     model.weight.data = layer(seed=9).weight.detach().clone()
 
 
+def see_data_by_other_strides(model: Mxfp8Linear) -> None:
+    model.weight.data = model.weight.data.as_strided(model.weight.shape, (0, 1))
+
+
 def update_scale_in_place(model: Mxfp8Linear) -> None:
     model.weight_scale.add_(1)
 
@@ -67,6 +71,7 @@ CHANGES = [
     load_other_weights,
     assign_other_weights,
     swap_data,
+    see_data_by_other_strides,
     update_scale_in_place,
     replace_scale,
 ]
