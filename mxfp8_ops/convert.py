@@ -28,8 +28,8 @@ class LayerSummary:
     Attributes:
         name: dotted path in the model; of a layer used twice, the first.
         shape: of the weight, ``(N, K)``.
-        action: "quantized" or "left" (by ``quantize_``), "kept" (by ``checkpoint.load_into``), "dequantized" (by that
-            or ``dequantize_at_load_``).
+        action: "quantized" (by ``quantize_``), "kept" (by ``checkpoint.load_into``), "dequantized" (by that or
+            ``dequantize_at_load_``), or "left".
         reason: why it was left, or dequantized by ``load_into``; else "".
         bytes_before: of weight and scale, before.
         bytes_after: of weight and scale, after.
@@ -93,7 +93,8 @@ def dequantize_at_load_(
 ) -> list[LayerSummary]:
     """Swaps the ``Mxfp8Linear`` layers of ``model`` for ``nn.Linear`` in ``dtype``, in place, when the flag
     (``MXFP8_DEQUANT_AT_LOAD``) is on or unset. One layer at a time, so memory never exceeds the
-    dequantized model by more than one layer.
+    dequantized model by more than one layer. Layers that a plain linear cannot replace are left, with the reason in the
+    summary: subclasses of ``Mxfp8Linear``, those with hooks, and those that are compiled by themselves.
 
     Args:
         model: any module but a bare ``Mxfp8Linear``.
@@ -112,14 +113,19 @@ def dequantize_at_load_(
     if settings.dequant_at_load(dequant_at_load) is False:
         return []
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
-    once = _OncePerKey(layer._held() for layer in layers)
-    biases = _OncePerKey((layer.bias,) for layer in layers if layer.bias is not None)
+    compiled = _compiled_alone(model)
+    left = {layer: reason for layer in layers if (reason := _why_not_replaced(layer, Mxfp8Linear, compiled))}
+    once = _OncePerKey(layer._held() for layer in layers if layer not in left)
+    biases = _OncePerKey((layer.bias,) for layer in layers if layer not in left and layer.bias is not None)
     places = module_places(model)
     summary = []
     while layers:
         layer = next(iter(layers))
         name, shape = layers.pop(layer), (layer.out_features, layer.in_features)
         before = sum(tensor.nbytes for tensor in layer._held())
+        if layer in left:
+            summary.append(LayerSummary(name, shape, "left", left[layer], before, before))
+            continue
         weight = once.get(layer._held(), partial(_dequantized, layer, dtype))
         bias = None if layer.bias is None else biases.get((layer.bias,), partial(_cast_bias, layer.bias, dtype))
         summary.append(LayerSummary(name, shape, "dequantized", "", before, weight.nbytes))
@@ -254,8 +260,9 @@ def linears_to_leave(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[n
         for child in module.children()
     }
     left: dict[nn.Linear, str] = {}
+    compiled = _compiled_alone(model)
     for linear in selected:
-        reason = _why_unquantizable(linear)
+        reason = _why_not_replaced(linear, nn.Linear, compiled) or _why_unquantizable(linear)
         if linear in readers:
             reason = f"{readers[linear]} reads its weight directly"
         if reason:
@@ -271,17 +278,31 @@ def linears_to_leave(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[n
     return left
 
 
+def _why_not_replaced(layer: nn.Module, kind: type[nn.Module], compiled: set[nn.Module]) -> str:
+    """Why another module in the place of this one would do something else; "" if it would not."""
+    if type(layer) is not kind:
+        full_name = "nn.Linear" if kind is nn.Linear else kind.__name__
+        return f"{type(layer).__name__} is a subclass of {full_name}"
+    if layer in compiled:
+        return "it is compiled by itself, and would still compute what it was: do this before torch.compile"
+    if any(_hooks(layer)):
+        return "it has hooks, which a new module would lose"
+    return ""
+
+
+def _compiled_alone(model: nn.Module) -> set[nn.Module]:
+    """Modules given to ``torch.compile`` themselves, which go on being called whatever takes their place."""
+    children = (module._modules.get("_orig_mod") for module in model.modules())
+    return {child for child in children if child is not None}
+
+
 def _why_unquantizable(linear: nn.Linear) -> str:
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} is a subclass of nn.Linear"
     if linear.in_features == 0 or linear.in_features % BLOCK_SIZE:
         return f"in_features {linear.in_features} is not a multiple of {BLOCK_SIZE}"
     if linear.out_features == 0:
         return "out_features is 0"
     if linear.weight.dtype not in COMPUTE_DTYPES:
         return f"weight dtype {linear.weight.dtype} is not float32, bfloat16 or float16"
-    if any(_hooks(linear)):
-        return "it has hooks, which a new module would lose"
     return ""
 
 

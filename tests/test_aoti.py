@@ -175,3 +175,25 @@ def test_weights_are_dequantized_in_the_first_call_with_the_flag_on_and_else_in_
 @needs_e4m3
 def test_settings_of_inductor_are_as_before(package: Package) -> None:
     assert package.before == package.after
+
+
+class Writing(nn.Module):
+    """Writes to a tensor that was dequantized from the weight of its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layer(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        own = mxfp8_ops.dequant(self.inner.weight, self.inner.weight_scale)
+        own.mul_(2)
+        return x @ own.t(), self.inner(x)
+
+
+def test_a_dequantized_tensor_that_is_written_to_is_nobody_elses(tmp_path: Path) -> None:
+    model = Writing()
+    path = lowering.aoti_package(model, (rows(),), tmp_path / "model.pt2", dequant_at_load=True)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for _ in range(2):
+        for actual, expected in zip(loaded(rows()), model(rows()), strict=True):
+            assert_same(actual, expected)
