@@ -29,6 +29,8 @@ def recognise(graph: fx.Graph) -> int:
     ``dequant(..., bfloat16).to(float32)``, which rounds scale bytes below 3 to bfloat16 first, stays as it is. And only
     where nothing in between writes to any of these tensors.
     """
+    if not any(map(is_dequant, graph.nodes)):
+        return 0
     count = 0
     writes = Writes(graph)
     for node in list(graph.nodes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -95,7 +94,6 @@ def _written_by_name(node: fx.Node) -> Iterator[object]:
             yield given.get("weight")
 
 
-@functools.cache
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     try:
         return tuple(inspect.signature(function).parameters)

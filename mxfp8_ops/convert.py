@@ -114,11 +114,7 @@ def dequantize_at_load_(
         return []
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Mxfp8Linear)}
     compiled = _compiled_alone(model)
-    left = {
-        layer: reason
-        for layer in layers
-        if (reason := _why_not_replaced(layer, (Mxfp8Linear, PackedMxfp8Linear), compiled))
-    }
+    left = {layer: reason for layer in layers if (reason := _why_not_replaced(layer, compiled))}
     once = _OncePerKey(layer._held() for layer in layers if layer not in left)
     biases = _OncePerKey((layer.bias,) for layer in layers if layer not in left and layer.bias is not None)
     places = module_places(model)
@@ -266,7 +262,7 @@ def linears_to_leave(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[n
     left: dict[nn.Linear, str] = {}
     compiled = _compiled_alone(model)
     for linear in selected:
-        reason = _why_not_replaced(linear, (nn.Linear,), compiled) or _why_unquantizable(linear)
+        reason = _why_not_replaced(linear, compiled) or _why_unquantizable(linear)
         if linear in readers:
             reason = f"{readers[linear]} reads its weight directly"
         if reason:
@@ -282,11 +278,11 @@ def linears_to_leave(model: nn.Module, selected: dict[nn.Linear, str]) -> dict[n
     return left
 
 
-def _why_not_replaced(layer: nn.Module, kinds: tuple[type[nn.Module], ...], compiled: set[nn.Module]) -> str:
-    """Why another module in the place of this one would do something else; "" if it would not."""
-    if type(layer) not in kinds:
-        full_name = "nn.Linear" if kinds[0] is nn.Linear else kinds[0].__name__
-        return f"{type(layer).__name__} is a subclass of {full_name}"
+def _why_not_replaced(layer: nn.Module, compiled: set[nn.Module]) -> str:
+    """Why another module in the place of this linear would do something else; "" if it would not."""
+    if type(layer) not in (nn.Linear, Mxfp8Linear, PackedMxfp8Linear):
+        base = "nn.Linear" if isinstance(layer, nn.Linear) else "Mxfp8Linear"
+        return f"{type(layer).__name__} is a subclass of {base}"
     if layer in compiled:
         return "it is compiled by itself, and would still compute what it was: do this before torch.compile"
     if any(_hooks(layer)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .fragments import bytes_in_halves, each_twice, halves
+from .fragments import each_twice, halves, two_bytes
 from .versions import reinterpret
 
 # Two codes in 16 bits and their scale to two elements in a word, the first in its lower half.
@@ -53,7 +53,7 @@ def canonical_fragment(codes, scales, HALF: gl.constexpr, ROWS: gl.constexpr, MM
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     PAIR: gl.constexpr = _any_pairs(ROWS, MMA).type.layout
     pairs = reinterpret(codes, gl.int16, [ROWS, 32], gl.NVMMASharedLayout(64, 16, 2)).load(PAIR)
-    two_scales = bytes_in_halves(scales, 2 * HALF, 2 * HALF + 1)
+    two_scales = two_bytes(scales, 2 * HALF, 2 * HALF + 1, 2)
     if gl.bfloat16 == DTYPE:
         scale = _of_pairs(_bfloat16_scales(two_scales), pairs)
         words = gl.inline_asm_elementwise(_TO_BFLOAT16, "=r,h,r", [pairs, scale], gl.int32, True, 1)

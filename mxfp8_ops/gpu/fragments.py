@@ -133,10 +133,8 @@ def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.cons
     """Two of the four scales in a word, in the form that ``scaled`` takes."""
     if EXACT:
         return one_scale(scales, FIRST, DTYPE, True), one_scale(scales, SECOND, DTYPE, True)
-    elif gl.bfloat16 == DTYPE:
-        return fast_scales(bytes_in_halves(scales, FIRST, SECOND), DTYPE)
     else:
-        return fast_scales(bytes_at_ends(scales, FIRST, SECOND), DTYPE)
+        return fast_scales(two_bytes(scales, FIRST, SECOND, 2 if gl.bfloat16 == DTYPE else 3), DTYPE)
 
 
 @gluon.jit
@@ -176,25 +174,19 @@ def each_twice(word):
 
 
 @gluon.jit
-def bytes_in_halves(word, FIRST: gl.constexpr, SECOND: gl.constexpr):
-    """Two bytes of words by their numbers, each in a half of its own."""
-    return gl.inline_asm_elementwise(_to_halves(FIRST, SECOND), "=r,r", [word], gl.int32, True, 1)
+def two_bytes(word, FIRST: gl.constexpr, SECOND: gl.constexpr, PLACE: gl.constexpr):
+    """Words of two bytes of others by their numbers: the one is the lowest byte, the other lies at PLACE (2: each in a
+    half of its own). The rest is zero.
+    """
+    return gl.inline_asm_elementwise(_two_bytes(FIRST, SECOND, PLACE), "=r,r", [word], gl.int32, True, 1)
 
 
 @gluon.constexpr_function
-def _to_halves(first, second):
-    return f"prmt.b32 $0, $1, 0, {0x4040 + second * 0x100 + first};"
-
-
-@gluon.jit
-def bytes_at_ends(word, FIRST: gl.constexpr, SECOND: gl.constexpr):
-    """Two bytes of words by their numbers, as the first and the last byte of one."""
-    return gl.inline_asm_elementwise(_to_ends(FIRST, SECOND), "=r,r", [word], gl.int32, True, 1)
-
-
-@gluon.constexpr_function
-def _to_ends(first, second):
-    return f"prmt.b32 $0, $1, 0, {0x0440 + second * 0x1000 + first};"
+def _two_bytes(first, second, place):
+    zero = 4
+    numbers = [first, zero, zero, zero]
+    numbers[place] = second
+    return f"prmt.b32 $0, $1, 0, {sum(number << 4 * i for i, number in enumerate(numbers))};"
 
 
 @gluon.jit
