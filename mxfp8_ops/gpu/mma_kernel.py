@@ -21,6 +21,7 @@ from .fragments import halves
 from .mma_layouts import copy_layout, group_layout, in_order_of_instruction, swizzled, weight_layout, x_layout
 from .places import places_along
 from .versions import copy_to_shared
+from .warp_sums import sum_of_warps
 
 # Four e4m3 codes in a word and their scale, a float32, to four elements of the weight. The hardware converts e4m3 to
 # float16, which holds every value; products with any scale are exact in float32 (without .ftz: subnormal ones, too).
@@ -85,13 +86,12 @@ def mxfp8_linear_mma(
         total = _direct(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, MMA)
     if (K % (ALONG * BK) != 0) & (gl.program_id(1) == gl.num_programs(1) - 1):
         total = _rest(x, weight, scale, M, N, K, row, column, turns, total, DTYPE, BN, BM, BK, RUN, MMA)
-    total = gl.sum(total, 0)
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, MMA)
-    n = column + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
-    m = row + gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :]
+    total = sum_of_warps(total)
+    LAYOUT: gl.constexpr = total.type.layout
+    n = column + places_along(BN, 0, 2, LAYOUT)
+    m = row + places_along(BM, 1, 2, LAYOUT)
     if HAS_BIAS:
-        total += gl.expand_dims(gl.load(bias + n, mask=n < N, other=0).to(gl.float32), 1)
-    n = gl.expand_dims(n, 1)
+        total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
     place = (gl.program_id(1) * M + m).to(gl.int64) * N + n
     gl.store(out + place, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
 

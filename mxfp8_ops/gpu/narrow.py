@@ -1,11 +1,12 @@
 """Linear on a packed weight for 5 to 16 rows of x, for Hopper, in Gluon: narrow tiles of 32 outputs.
 
-A program computes its outputs over all of K, so that no second kernel has to add up parts even where there are few of
-them. Its warps stand along K: in a turn each takes a block of 128 elements, and their sums are added in the end. TMA
-brings the blocks of a turn, and what x has for them, to shared memory; the first STAGES turns are on their way from the
-start, which is a good part of all that a program reads.
+A program computes its outputs over all of K, so that nobody has to add up parts even where there are few of them. Its
+warps stand along K: in a turn each takes a block of 128 elements, and their sums are added in the end. TMA brings the
+blocks of a turn, and what x has for them, to shared memory, as many turns ahead as there are stages.
 
-Starting a copy takes the whole program a moment, so three bring a turn: all elements, all scales, all rows of x.
+Starting a copy takes a whole program a moment, with a barrier for all its warps. So one warp more only loads, and three
+copies bring a turn: all elements, all scales, all rows of x. The first turn is loaded before that warp has begun. Where
+a program is a single warp, many of which run at once, that warp loads for itself.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fragments import halves, needs_exact, one_scale, scaled, separate
 from .places import places_along
-from .tiles import wait_for_kernel_before
+from .tiles import LOADER_REGISTERS, advance, wait_for_kernel_before
 from .versions import barrier, load_box, reinterpret
+from .warp_sums import sum_of_warps
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -38,42 +40,60 @@ def mxfp8_linear_narrow(
     FOR_FLOAT16: gl.constexpr,  # the weight was packed for x of float16
     HAS_BIAS: gl.constexpr,
 ):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     DTYPE: gl.constexpr = out.dtype.element_ty
     x_stages = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * WARPS, ROWS, 64], x.layout)
     element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, 2, 1, 2, 256], elements.layout)
     scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, 1, 32], scales.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if WARPS > 1:
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    else:
+        empty = full
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
+        if WARPS > 1:
+            mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     wait_for_kernel_before()
     source = (x, elements, scales)
-    stages = (x_stages, element_stages, scale_stages, full)
+    stages = (x_stages, element_stages, scale_stages, full, empty)
     blocks = K // 128
-    for i in gl.static_range(STAGES):
-        _load(source, stages, i, blocks, STAGES)
-    if needs_exact(packed, N, K, DTYPE):
-        total = _products(source, stages, blocks, MMA, STAGES, FOR_FLOAT16, True)
+    result = (packed, bias, out, M, N, K)
+    config: gl.constexpr = (FOR_FLOAT16, HAS_BIAS)
+    if WARPS == 1:
+        for i in gl.static_range(STAGES):
+            _fill(source, stages, i, i, blocks)
+        _consume(source, stages, result, blocks, config)
     else:
-        total = _products(source, stages, blocks, MMA, STAGES, FOR_FLOAT16, False)
-    total = gl.sum(total, 0)
-    LAYOUT: gl.constexpr = total.type.layout
-    n = gl.program_id(0) * 32 + places_along(32, 0, 2, LAYOUT)
-    m = places_along(ROWS, 1, 2, LAYOUT)
-    if HAS_BIAS:
-        total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
-    gl.store(out + m * N + n, total.to(DTYPE), mask=(m < M) & (n < N))
+        _fill(source, stages, 0, 0, blocks)
+        gl.warp_specialize(
+            [(_consume, (source, stages, result, blocks, config)), (_load, (source, stages, blocks))],
+            [1],
+            [LOADER_REGISTERS],
+        )
 
 
 @gluon.jit
-def _load(source, stages, turn, blocks, STAGES: gl.constexpr):
-    """Has TMA fill the stage of a turn, if there is such a turn."""
+def _load(source, stages, blocks):
+    """The one warp that loads: fills a stage as soon as it was left, but the first one, which is on its way."""
+    empty = stages[4]
+    STAGES: gl.constexpr = stages[0].shape[0]
+    WARPS: gl.constexpr = stages[1].shape[1]
+    stage = 1
+    phase = 1
+    for turn in range(1, (blocks + WARPS - 1) // WARPS):
+        mbarrier.wait(empty.index(stage), phase)
+        _fill(source, stages, turn, stage, blocks)
+        stage, phase = advance(stage, phase, 1, STAGES)
+
+
+@gluon.jit
+def _fill(source, stages, turn, stage, blocks):
+    """Has TMA fill a stage with a turn, if there is such a turn."""
     x, elements, scales = source
-    x_stages, element_stages, scale_stages, full = stages
+    x_stages, element_stages, scale_stages, full, _ = stages
     WARPS: gl.constexpr = element_stages.shape[1]
     ROWS: gl.constexpr = x_stages.shape[2]
-    stage = turn % STAGES
     first = turn * WARPS
     there = first < blocks
     tile = gl.program_id(0)  # of 32 rows, four in a block
@@ -86,32 +106,49 @@ def _load(source, stages, turn, blocks, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _products(
-    source,
-    stages,
-    blocks,
-    MMA: gl.constexpr,
-    STAGES: gl.constexpr,
-    FOR_FLOAT16: gl.constexpr,
-    EXACT: gl.constexpr,
-):
+def _consume(source, stages, result, blocks, config: gl.constexpr):
+    """The warps that multiply, and what becomes of their sums."""
+    packed, bias, out, M, N, K = result
+    FOR_FLOAT16: gl.constexpr = config[0]
+    HAS_BIAS: gl.constexpr = config[1]
+    ROWS: gl.constexpr = stages[0].shape[2]
+    if needs_exact(packed, N, K, out.dtype.element_ty):
+        total = _products(source, stages, blocks, FOR_FLOAT16, True)
+    else:
+        total = _products(source, stages, blocks, FOR_FLOAT16, False)
+    total = sum_of_warps(total)
+    LAYOUT: gl.constexpr = total.type.layout
+    n = gl.program_id(0) * 32 + places_along(32, 0, 2, LAYOUT)
+    m = places_along(ROWS, 1, 2, LAYOUT)
+    if HAS_BIAS:
+        total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
+    gl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def _products(source, stages, blocks, FOR_FLOAT16: gl.constexpr, EXACT: gl.constexpr):
     """Every warp's sums ``[WARPS, 32, ROWS]`` of its turns."""
-    x_stages, element_stages, scale_stages, full = stages
+    x_stages, element_stages, scale_stages, full, empty = stages
+    STAGES: gl.constexpr = element_stages.shape[0]
     WARPS: gl.constexpr = element_stages.shape[1]
     ROWS: gl.constexpr = x_stages.shape[2]
     DTYPE: gl.constexpr = x_stages.dtype
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     total = gl.zeros([WARPS, 32, ROWS], gl.float32, MMA)
+    stage = 0
+    phase = 0
     turns = (blocks + WARPS - 1) // WARPS
     for turn in range(turns):
-        stage = turn % STAGES
-        left = blocks - turn * WARPS
-        mbarrier.wait(full.index(stage), turn // STAGES % 2)
+        mbarrier.wait(full.index(stage), phase)
         elements, scales = element_stages.index(stage), scale_stages.index(stage)
-        weight = _weight(elements, scales, left, MMA, DTYPE, FOR_FLOAT16, EXACT)
+        weight = _weight(elements, scales, blocks - turn * WARPS, MMA, DTYPE, FOR_FLOAT16, EXACT)
         total = mma_v2(weight, _rows(x_stages.index(stage), MMA), total)
-        if turn + STAGES < turns:
+        if WARPS > 1:
+            mbarrier.arrive(empty.index(stage))
+        elif turn + STAGES < turns:
             barrier()
-            _load(source, stages, turn + STAGES, blocks, STAGES)
+            _fill(source, stages, turn + STAGES, stage, blocks)
+        stage, phase = advance(stage, phase, 1, STAGES)
     return total
 
 
