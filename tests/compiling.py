@@ -252,6 +252,17 @@ def check_loads(found: Compiled) -> None:
     assert all(expected == loaded for expected, loaded in stages)
 
 
+def check_warp_sums(ptx: str, along: int) -> None:
+    """That warps along K store their sums 16 bytes at a time, between the last product and the first result that is
+    stored, and nothing is shuffled.
+    """
+    assert "shfl.sync.bfly" not in ptx
+    last = ptx.rindex("mma.sync")
+    stored = re.findall(r"st\.shared\S*", ptx[last : ptx.index("st.global", last)])
+    assert bool(stored) == (along > 1)
+    assert all(".v4" in each for each in stored)
+
+
 def loaded_bytes(found: Compiled) -> list[tuple[int, int]]:
     """The bytes that each stage waits for, and those that TMA is told to bring to it right after."""
     stages: list[tuple[int, int]] = []

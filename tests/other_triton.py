@@ -15,16 +15,14 @@ import torch
 import triton
 from compiling import DTYPES, check_fits, check_loads, check_waits, compiled_at_an_end, tiled_kernels
 
-from mxfp8_ops.gpu import plans, plans_direct
+from mxfp8_ops.gpu import plans, plans_few
 
 
 def kernels() -> Iterator[tuple[Any, bool, torch.dtype, int]]:
     """Each in one form of the weight and in one dtype, and how many programs of it a multiprocessor has room for."""
     dtypes = itertools.cycle(DTYPES)
-    for direct in (*plans_direct.FOUR, *plans_direct.EIGHT):
-        yield direct, True, next(dtypes), direct.at_once
-    for narrow, cost in plans.NARROW.items():
-        yield narrow, True, next(dtypes), cost.at_once
+    for few in plans_few.COSTS:
+        yield few, True, next(dtypes), few.at_once
     forms = itertools.cycle((True, True, False, False))
     for tiled in tiled_kernels(False):
         at_once = plans.TABLE[tiled].at_once if isinstance(tiled, plans.Skinny) else 1

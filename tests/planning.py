@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from mxfp8_ops.gpu.plans import Narrow, Plan, Skinny, Wide
-from mxfp8_ops.gpu.plans_direct import Direct
+from mxfp8_ops.gpu.plans import Plan, Skinny, Wide
+from mxfp8_ops.gpu.plans_few import Direct, Narrow
 
 CHIP = pytest.mark.parametrize("processors", [78, 114, 132])
 FORM = pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])

@@ -20,10 +20,10 @@ pytest.importorskip("triton.experimental.gluon")
 from compiling import check_loops, check_waits, compiled_at_an_end, one_code_a_row, what_codes_mean
 from simulating import DTYPE, DTYPES, Pointer, places, simulate
 
-from mxfp8_ops.gpu import direct, plans_direct
-from mxfp8_ops.gpu.plans_direct import Direct
+from mxfp8_ops.gpu import direct, plans_few
+from mxfp8_ops.gpu.plans_few import Direct
 
-KINDS = [*plans_direct.FOUR, *plans_direct.EIGHT]
+KINDS = [*plans_few.FOUR, *plans_few.EIGHT]
 KIND = pytest.mark.parametrize("kind", KINDS, ids=repr)
 
 

@@ -34,6 +34,7 @@ from compiling import (
     check_loads,
     check_loops,
     check_waits,
+    check_warp_sums,
     compiled,
     compiled_at_an_end,
     launches,
@@ -42,22 +43,25 @@ from compiling import (
 )
 from simulating import DTYPE, DTYPES
 
-from mxfp8_ops.gpu import dispatch, plans
+from mxfp8_ops.gpu import dispatch, plans, plans_few
 from mxfp8_ops.gpu.counts import REGISTERS
 
 
 @DTYPE
-@pytest.mark.parametrize(("kernel", "at_once"), [(kind, cost.at_once) for kind, cost in plans.NARROW.items()], ids=repr)
-def test_narrow_compiles_and_as_many_run_at_once_as_its_table_says(
-    kernel: plans.Narrow, at_once: int, dtype: torch.dtype, tmp_path: Path
+@pytest.mark.parametrize("kernel", plans_few.NARROW, ids=repr)
+def test_narrow_compiles_and_as_many_run_at_once_as_the_model_counts(
+    kernel: plans_few.Narrow, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     found = compiled_at_an_end(kernel, True, dtype, tmp_path)
     assert found.spilled == 0
-    check_fits(found, at_once)
+    check_fits(found, kernel.at_once)
     assert "ld.shared.v4" in found.ptx
     assert "ldmatrix" in found.ptx
     check_waits(found)
     check_loads(found)
+    check_warp_sums(found.ptx, kernel.warps)
+    if kernel.warps > 1:
+        check_start(found)
 
 
 def in_turns(packed: bool) -> list[tuple[plans.Tiled, torch.dtype]]:

@@ -19,10 +19,10 @@ pytest.importorskip("triton.experimental.gluon")
 from compiling import one_tile, source_of, tiled_kernels
 from planning import CHIP, EDGES, FORM, PARTIAL, K, N, columns, split_of, tiles_of
 
-from mxfp8_ops.gpu import hopper, plans, tune
+from mxfp8_ops.gpu import hopper, plans, plans_few, tune
 from mxfp8_ops.gpu.counts import REGISTERS
-from mxfp8_ops.gpu.plans import Narrow, Plan, Skinny, Wide, candidates, microseconds, plan
-from mxfp8_ops.gpu.plans_direct import Direct
+from mxfp8_ops.gpu.plans import Plan, Skinny, Wide, candidates, microseconds, plan
+from mxfp8_ops.gpu.plans_few import Direct, Narrow
 
 
 def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
@@ -38,7 +38,7 @@ def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
         assert packed, problem
         assert k % 128 == 0, problem
         assert m <= chosen.rows, problem
-        assert chosen in plans.NARROW, problem  # which tests/test_gpu_hopper.py compiles
+        assert chosen in plans_few.NARROW, problem  # which tests/test_gpu_hopper.py compiles
         return
     blocks = math.ceil(k / 128)
     if isinstance(chosen, Skinny):
@@ -93,7 +93,7 @@ def test_the_plan_is_the_candidate_that_the_model_finds_fastest(processors: int,
 
 @FORM
 def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
-    """By hand, for kernels of which a multiprocessor runs one, two and six programs."""
+    """By hand, for kernels of which a multiprocessor runs one program and two."""
     for kind, at_once in ((Skinny(64, 1, 1, 4, 240, 128), 2), (Skinny(128, 2, 1, 4, 240, 0), 1)):
         cost = plans.TABLE[kind]
         assert cost.at_once == at_once
@@ -107,11 +107,6 @@ def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
             assert microseconds(kind, kind.rows, n - 1, 4096, 100, packed) == found
             assert microseconds(kind, kind.rows, n, 4096 - 127, 100, packed) == found
             assert microseconds(kind, kind.rows + 1, n, 4096, 100, packed) > found
-    narrow = Narrow(16, 1, 4)
-    assert plans.NARROW[narrow].at_once == 6
-    (turn,), (each,) = plans.NARROW[narrow].turn, plans.NARROW[narrow].each
-    expected = 32 * (2 * turn + 7 * each) + 2 * plans.NARROW[narrow].start
-    assert microseconds(narrow, 16, 32 * 700, 4096, 100, True) == pytest.approx(expected, rel=1e-12)
     whole = Skinny(128, 2, 1, 4, 240, 0)
     cost = plans.TABLE[whole]
     moved = 4 * 30 * 128 * 128 * 4 * 2 / 1e6

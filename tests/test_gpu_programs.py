@@ -22,7 +22,7 @@ from planning import CHIP, EDGES, FORM, K, N, columns, split_of, tiles_of
 from mxfp8_ops import packing
 from mxfp8_ops.gpu import heights, partial_sums, tiles
 from mxfp8_ops.gpu.plans import Skinny, Wide, candidates, plan
-from mxfp8_ops.gpu.plans_direct import Direct
+from mxfp8_ops.gpu.plans_few import Direct
 
 STORING: int = partial_sums.STORING.value
 

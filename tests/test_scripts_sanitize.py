@@ -202,7 +202,7 @@ def test_the_text_is_handed_to_the_worker(
 def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     cases = importlib.import_module("benchmarks.cases")
-    plans, plans_direct = (importlib.import_module(f"mxfp8_ops.gpu.{name}") for name in ("plans", "plans_direct"))
+    plans, plans_few = (importlib.import_module(f"mxfp8_ops.gpu.{name}") for name in ("plans", "plans_few"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(cases.dispatch, "reads_packed", lambda _: True)
@@ -217,7 +217,7 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
             (True, False),  # more than a tile for each program
             (True, True),
         }
-        direct = {plan for plan in planned if isinstance(plan, plans_direct.Direct)}
-        assert direct == ({*plans_direct.FOUR, *plans_direct.EIGHT} if packed else set())
-        narrow = {plan for plan in planned if isinstance(plan, plans.Narrow)}
-        assert narrow == (set(plans.NARROW) if packed else set())
+        direct = {plan for plan in planned if isinstance(plan, plans_few.Direct)}
+        assert direct == ({*plans_few.FOUR, *plans_few.EIGHT} if packed else set())
+        narrow = {plan for plan in planned if isinstance(plan, plans_few.Narrow)}
+        assert narrow == (set(plans_few.NARROW) if packed else set())

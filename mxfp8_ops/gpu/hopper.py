@@ -15,8 +15,8 @@ from .direct import mxfp8_linear_direct
 from .heights import box_rows
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
-from .plans import Narrow, Plan, Skinny, Wide, candidates, plan, tiles_of
-from .plans_direct import Direct
+from .plans import Plan, Skinny, Wide, candidates, plan, tiles_of
+from .plans_few import Direct, Narrow
 from .skinny import mxfp8_linear_skinny
 from .tune import best
 from .wide import mxfp8_linear_wide

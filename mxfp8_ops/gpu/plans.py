@@ -8,7 +8,7 @@ first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the sa
   beginning with what had been fitted to some 12000 times of earlier kernels, of 44 shapes up to 151936x2048. Its choice
   took 1.002 times as long as the fastest plan on average, 1.11 at worst; for sixths of the shapes without which it was
   fitted 1.004 times on average, 1.26 at worst.
-- Up to eight rows, packed, see ``plans_direct``.
+- For up to 16 rows and packed weights there are other kernels, too: see ``plans_few``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
-from . import plans_direct
+from . import plans_few
 from .counts import divided
-from .plans_direct import Direct, directs
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """The kernel in ``narrow``: rows of x (8 or 16), warps of a program, stages."""
-
-    rows: int
-    warps: int
-    stages: int
+from .plans_few import Direct, Narrow, directs, narrows
 
 
 @dataclass(frozen=True)
@@ -158,14 +149,6 @@ FULL = 0.85
 SHARE = 8
 """Blocks of K that a program's share has at least: its parts of tiles may not be too short."""
 
-NARROW: dict[Narrow, Cost] = {
-    Narrow(8, 4, 4): Cost(1, (0.003,), (0.12,), 2.802),
-    Narrow(8, 1, 4): Cost(8, (0.2655,), (0.078,), 3.085),
-    Narrow(16, 4, 4): Cost(1, (0.0184,), (0.1118,), 3.166),
-    Narrow(16, 1, 4): Cost(6, (0.3805,), (0.0606,), 2.471),
-}
-"""Of packed weights, and never in parts."""
-
 
 def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors: the candidate that
@@ -177,18 +160,15 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    few = directs(m, k) if packed and m <= 8 else ()
-    narrow = _narrow(m, k) if packed and m > 4 else ()
-    return [*few, *narrow, *_tiled(m, n, k, processors)]
+    few = [*(directs(m, k) if m <= 8 else ()), *narrows(m, k)] if packed else []
+    return [*few, *_tiled(m, n, k, processors)]
 
 
 def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: bool) -> float:
     """What a choice will take, by the model."""
-    if isinstance(choice, Direct):
-        return plans_direct.microseconds(choice, n, k, processors)
+    if isinstance(choice, Direct | Narrow):
+        return plans_few.microseconds(choice, n, k, processors)
     blocks = divided(k, 128)
-    if isinstance(choice, Narrow):
-        return _programs(NARROW[choice], divided(n, 32), blocks, processors, packed)
     tiles = tiles_of(choice, m, n)
     if isinstance(choice, Wide):
         return _wide(choice, tiles, blocks, packed)
@@ -269,8 +249,3 @@ def _wides(rows: int, m: int, n: int, blocks: int, processors: int) -> Iterator[
     uneven = 0 < last <= FULL * processors and processors % shared > 0
     if uneven and SHARE * processors <= shared * blocks < 2**31 / processors:
         yield Wide(processors, shared, rows)
-
-
-def _narrow(m: int, k: int) -> Iterator[Narrow]:
-    """Kinds for so many rows, where K is cut into whole blocks."""
-    return (kind for kind in NARROW if kind.rows == max(8, 1 << (m - 1).bit_length()) and k % 128 == 0)

@@ -18,7 +18,7 @@ import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
 from mxfp8_ops.gpu import dispatch, elementwise, hopper, partial_sums, plans
-from mxfp8_ops.gpu.plans_direct import Direct
+from mxfp8_ops.gpu.plans_few import Direct, Narrow
 from mxfp8_ops.packing import PACKED_FOR
 
 from .case import DTYPES, Case, packed_for
@@ -103,7 +103,7 @@ def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
     tiled = plans.Skinny | plans.Wide
     for packed, k, kind in (
         (True, 1056, tiled),
-        (True, 1152, plans.Narrow),  # takes whole blocks of K alone
+        (True, 2176, Narrow),  # takes whole blocks of K alone; more turns than there are stages
         (True, 4128, Direct),  # for all of whose warps there is work
         (False, 1024, tiled),
     ):
@@ -119,7 +119,7 @@ def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
     tiles after another then and share one, eight, of which several store parts of one tile, and nine, which have equal
     parts, so short that some have none.
     """
-    if isinstance(plan, Direct | plans.Narrow):
+    if isinstance(plan, Direct | Narrow):
         yield plan
     elif isinstance(plan, plans.Skinny):
         if plan.parts <= 2:

@@ -1,20 +1,26 @@
-"""How the kernel in ``direct`` cuts up its work: a packed weight, up to eight rows of x.
+"""How the kernels for few rows of x cut up their work, ``direct`` and ``narrow``: on packed weights.
 
-A model of its time chooses. A multiprocessor runs some programs at once, and begins the next one when one of them ends.
-As long as there are many, what they take is what their bytes take; where few are left, or many warps share few blocks
-of K, it is how long one program waits for its loads; in between a little more than either.
+A model of their time chooses. A multiprocessor runs some programs at once, and begins the next one when one of them
+ends. As long as there are many, what they take is what their bytes take; where few are left, or many warps share few
+blocks of K, it is how long one program waits for its loads; in between a little more than either.
 
-The tables were fitted to times of an H200 (132 multiprocessors) with 1, 4 and 8 rows of x and weights of 89 shapes,
-from 256x4096 to 151936x2048: first of all so that the model prefers fast kinds. Each time was one of 450 MB of weights
-in turn: of 300 MB, the cache still has some when they come again, since loads that are to be evicted first make room
-for each other, and kinds differ in how much. For up to four rows the model's choice took 1.005 times as long as the
-fastest of 17 kinds on average, 1.09 times at worst; for eight rows 1.007 and 1.14 times as long as the fastest of 11
-kinds and of the plans of other kernels. For quarters of the shapes without which it was fitted 1.01 on average.
+The tables were fitted to times of H200s (132 multiprocessors): first of all so that the model prefers fast kinds.
+
+- ``direct``: with 1, 4 and 8 rows of x and weights of 89 shapes, from 256x4096 to 151936x2048. Each time was one of 450
+  MB of weights in turn: of 300 MB, the cache still has some when they come again, since loads that are to be evicted
+  first make room for each other, and kinds differ in how much. For up to four rows the model's choice took 1.005 times
+  as long as the fastest of 17 kinds on average, 1.09 times at worst. For quarters of the shapes without which it was
+  fitted 1.01 on average.
+- ``narrow``: with 8 and 16 rows and weights of 29 shapes, from 1024x4096 to 8192x28672 and 65536x2048. Of all plans,
+  those of other kernels, too, the model's choice took 1.012 times as long as the fastest one on average with 8 rows,
+  1.10 at worst, and 1.004 and 1.04 with 16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 from .counts import REGISTERS, divided
 
@@ -49,6 +55,37 @@ class Direct:
     def at_once(self) -> int:
         """Programs that a multiprocessor runs at the same time."""
         return REGISTERS // (self.registers * 32 * self.warps)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The kernel in ``narrow``: rows of x (8 or 16), warps of a program, stages."""
+
+    rows: int
+    warps: int
+    stages: int
+
+    blocks: ClassVar = 1
+    """Of K, that a warp takes in a turn."""
+
+    @property
+    def together(self) -> int:
+        """Blocks of K that a program takes in a turn."""
+        return self.warps
+
+    def programs(self, n: int) -> int:
+        """For so many outputs."""
+        return divided(n, 32)
+
+    @property
+    def at_once(self) -> int:
+        """Programs that a multiprocessor runs at the same time: of several warps one, which have all registers then;
+        else as many as it has memory for.
+        """
+        return 1 if self.warps > 1 else 8 if self.rows == 8 else 6
+
+
+Few: TypeAlias = Direct | Narrow
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,15 @@ EIGHT: dict[Direct, Cost] = {
 }
 """For up to eight."""
 
-COSTS = FOUR | EIGHT
+NARROW: dict[Narrow, Cost] = {
+    Narrow(8, 4, 4): Cost(1.6359, 1.492, 0.3253, 0.1188),
+    Narrow(8, 1, 4): Cost(2.3658, 0.7611, 0.3582, 0.1318),
+    Narrow(16, 4, 4): Cost(1.6079, 1.6311, 0.3633, 0.1193),
+    Narrow(16, 1, 4): Cost(2.8418, 0.371, 0.4007, 0.1424),
+}
+"""For 5 to 16."""
+
+COSTS = dict[Few, Cost]([*FOUR.items(), *EIGHT.items(), *NARROW.items()])
 
 OVERLAP = 4
 """Exponent of the norm of waiting and reading: infinite, and only the longer of the two would count."""
@@ -111,7 +156,13 @@ def directs(m: int, k: int) -> list[Direct]:
     return [kind for kind in kinds if kind.together <= most]
 
 
-def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
+def narrows(m: int, k: int) -> Iterator[Narrow]:
+    """The kinds for so many rows, 5 to 16, where K is cut into whole blocks."""
+    rows = 8 if m <= 8 else 16
+    return (kind for kind in NARROW if kind.rows == rows and 4 < m <= rows and k % 128 == 0)
+
+
+def microseconds(kind: Few, n: int, k: int, processors: int) -> float:
     """What a kind will take, by the model."""
     cost = COSTS[kind]
     waves, rest = divmod(kind.programs(n), kind.at_once * processors)
@@ -119,7 +170,7 @@ def microseconds(kind: Direct, n: int, k: int, processors: int) -> float:
     return time + _wave(kind, rest / processors, k) if rest else time
 
 
-def _wave(kind: Direct, programs: float, k: int) -> float:
+def _wave(kind: Few, programs: float, k: int) -> float:
     """As many programs of a multiprocessor, at the same time."""
     cost = COSTS[kind]
     waiting = _turns(kind, k) * cost.turn
@@ -127,7 +178,7 @@ def _wave(kind: Direct, programs: float, k: int) -> float:
     return float((waiting**OVERLAP + reading**OVERLAP) ** (1 / OVERLAP) + cost.wave)
 
 
-def _turns(kind: Direct, k: int) -> float:
+def _turns(kind: Few, k: int) -> float:
     """Whole turns, and what is left of K after them, of which a warp takes one block at a time."""
     whole, left = divmod(divided(k, 128), kind.together)
     return whole + divided(left, kind.warps) * (1 if kind.blocks == 1 else REST)

@@ -1,4 +1,4 @@
-"""Kinds of the kernel for up to eight rows of x on packed weights, and the model of their time."""
+"""Kinds of the kernels for few rows of x on packed weights, and the model of their time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mxfp8_ops.gpu.plans_direct import COSTS, EIGHT, FOUR, Cost, Direct, directs, microseconds
+from mxfp8_ops.gpu.plans_few import COSTS, EIGHT, FOUR, NARROW, Cost, Direct, Few, directs, microseconds, narrows
 
 
 @pytest.mark.parametrize(("kinds", "rows"), [(FOUR, (1, 2, 3, 4)), (EIGHT, (5, 6, 7, 8))], ids=["four", "eight"])
@@ -23,22 +23,37 @@ def test_kinds_are_offered_if_three_quarters_of_their_warps_have_work(
     assert directs(rows[0], 10**6) == list(kinds)
 
 
+def test_kinds_of_tiles_of_32_are_offered_for_5_to_16_rows_and_whole_blocks() -> None:
+    for m in range(1, 33):
+        rows = 8 if m <= 8 else 16
+        expected = [kind for kind in NARROW if kind.rows == rows] if 5 <= m <= 16 else []
+        assert list(narrows(m, 1024)) == expected
+        assert not list(narrows(m, 1024 + 32))
+
+
+def outputs(kind: Few) -> int:
+    """Of a program."""
+    return 8 * kind.tiles if isinstance(kind, Direct) else 32
+
+
 def norm(waiting: float, reading: float) -> float:
     return math.sqrt(math.sqrt(waiting**4 + reading**4))
 
 
 @pytest.mark.parametrize("kind", COSTS, ids=str)
-def test_the_model_counts_programs_that_run_at_once(kind: Direct) -> None:
+def test_the_model_counts_programs_that_run_at_once(kind: Few) -> None:
     """By hand, on a chip of 100 multiprocessors."""
     cost, blocks = COSTS[kind], 4 * kind.warps * kind.blocks
-    outputs = 8 * kind.tiles
-    at_once = 65536 // (kind.registers * 32 * kind.warps)
+    if isinstance(kind, Direct):
+        at_once = 65536 // (kind.registers * 32 * kind.warps)
+    else:
+        at_once = {(8, 1): 8, (16, 1): 6}.get((kind.rows, kind.warps), 1)
 
     def wave(programs: float) -> float:
         return norm(4 * cost.turn, programs * blocks * cost.each) + cost.wave
 
     def found(programs: int) -> float:
-        return microseconds(kind, programs * outputs, blocks * 128, 100)
+        return microseconds(kind, programs * outputs(kind), blocks * 128, 100)
 
     assert found(100 * at_once) == pytest.approx(cost.start + wave(at_once), rel=1e-12)
     assert found(250 * at_once) == pytest.approx(cost.start + 2 * wave(at_once) + wave(at_once / 2), rel=1e-12)
@@ -46,14 +61,14 @@ def test_the_model_counts_programs_that_run_at_once(kind: Direct) -> None:
 
 
 @pytest.mark.parametrize("kind", COSTS, ids=str)
-def test_the_model_counts_turns_of_what_is_left(kind: Direct) -> None:
+def test_the_model_counts_turns_of_what_is_left(kind: Few) -> None:
     """By hand, for a program of each multiprocessor: a block more than whole turns takes one turn more, a short one if
     others have two blocks, and as many as a warp each has do not take another.
     """
-    cost, n, warps = COSTS[kind], 100 * 8 * kind.tiles, kind.warps
+    cost, n, warps = COSTS[kind], 100 * outputs(kind), kind.warps
     rest = 1.0 if kind.blocks == 1 else 0.7
     for left, turns in ((1, 3 + rest), (warps - 1, 3 + rest), (warps + 1, 3 + rest * kind.blocks)):
-        if left < warps * kind.blocks:
+        if 0 < left < warps * kind.blocks:
             blocks = 3 * warps * kind.blocks + left
             expected = cost.start + norm(turns * cost.turn, blocks * cost.each) + cost.wave
             assert microseconds(kind, n, blocks * 128, 100) == pytest.approx(expected, rel=1e-12)
