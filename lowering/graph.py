@@ -151,15 +151,44 @@ def _index_text(index: object) -> str:
 # --- sub-graphs of higher-order operators -----------------------------------------------------------------
 
 
-def sub_graphs(node: fx.Node) -> tuple[str, int] | None:
-    """For an operator that calls one sub-graph on its operands: the sub-graph's attribute, and the position
-    of the first operand. None for anything else.
+_OPERANDS_LAST = {"invoke_subgraph": 2, "tag_activation_checkpoint": 1}
+"""Operators that call one graph, and the position of its first operand."""
+CALLERS = (*_OPERANDS_LAST, "cond", "while_loop")
+"""Operators that are known to call graphs."""
+
+
+@dataclass(frozen=True)
+class SubGraphs:
+    """What a higher-order operator calls.
+
+    Attributes:
+        names: attributes of the graphs, each of which takes all operands.
+        first: the position of the first operand among the call's arguments where they are its last ones, so that there
+            may be more of them or fewer; None where they are not.
     """
-    name = getattr(node.target, "_name", None) or str(node.target)
-    first = {"invoke_subgraph": 2, "tag_activation_checkpoint": 1}.get(name)
-    if node.op != "call_function" or first is None or not isinstance(node.args[0], fx.Node):
+
+    names: tuple[str, ...]
+    operands: tuple[Any, ...]
+    first: int | None = None
+
+
+def sub_graphs(node: fx.Node) -> SubGraphs | None:
+    """The graphs that an operator calls; None for one that is not known to call any."""
+    if node.op != "call_function":
         return None
-    return str(node.args[0].target), first
+    name = getattr(node.target, "_name", None) or str(node.target)
+    args: tuple[Any, ...] = node.args
+    first = _OPERANDS_LAST.get(name)
+    if first is not None and isinstance(args[0], fx.Node):
+        return SubGraphs((str(args[0].target),), args[first:], first)
+    if name == "cond":
+        _, *graphs, operands = args
+    elif name == "while_loop":
+        *graphs, carried, more = args
+        operands = (*carried, *more)
+    else:
+        return None
+    return SubGraphs(tuple(str(graph.target) for graph in graphs), tuple(operands))
 
 
 # --- names ------------------------------------------------------------------------------------------------

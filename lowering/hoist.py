@@ -150,6 +150,8 @@ class Hoist:
         return f"{FLAG_IS_OFF}; not packed: {reason}" if reason and isinstance(form, Packed) else reason
 
     def _why_not_supplied(self, level: Level, pair: Pair | None) -> str:
+        if level.fixed:
+            return f"inside {level.fixed}, whose graphs are left as they are"
         if pair is None:
             return "the weight is computed in the graph"
         if level.written and any(storages(leaf) & level.written for leaf in pair.leaves):

@@ -16,7 +16,9 @@ from torch import fx
 from .forms import Form
 from .graph import (
     StaticView,
+    SubGraphs,
     arguments,
+    called,
     is_dequant,
     is_linear,
     is_linear_packed,
@@ -70,9 +72,12 @@ class Use:
 
 @dataclass
 class Level:
-    """A graph module and its callers: the sub-graph of a higher-order operator may be called many times."""
+    """A graph module and its callers: the sub-graph of a higher-order operator may be called many times. ``fixed`` is
+    such an operator if its graphs are to stay as they are.
+    """
 
     gm: fx.GraphModule
+    fixed: str = ""
     sites: list[Site] = field(default_factory=list)
     added: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
@@ -88,11 +93,16 @@ class Level:
 
 @dataclass
 class Site:
-    """One call of a sub-graph: the calling graph, the node, and the position of its first operand."""
+    """One call of a sub-graph: the calling graph, and the node."""
 
     caller: Level
     node: fx.Node
-    first: int
+
+    @property
+    def calls(self) -> SubGraphs:
+        found = sub_graphs(self.node)
+        assert found is not None
+        return found
 
     def lift(self, called: Level, pair: Pair) -> Pair | None:
         """A weight and scale of the called graph in terms of the caller's inputs."""
@@ -102,7 +112,7 @@ class Site:
     def _lift(self, called: Level, view: StaticView) -> StaticView | None:
         if view.leaf not in called.positions:
             return None
-        operand = static_view(self.node.args[self.first + called.positions[view.leaf]])
+        operand = static_view(self.calls.operands[called.positions[view.leaf]])
         return None if operand is None else view.of(operand)
 
 
@@ -111,11 +121,14 @@ def levels_below(level: Level) -> Iterator[Level]:
     subs: dict[str, Level] = {}
     for node in level.gm.graph.nodes:
         found = sub_graphs(node)
-        if found is not None:
-            attribute, first = found
-            if attribute not in subs:
-                subs[attribute] = Level(getattr(level.gm, attribute))
-            subs[attribute].sites.append(Site(level, node, first))
+        if found is None:
+            continue
+        fixed = level.fixed or (called(node) if found.first is None else "")
+        for name in found.names:
+            if name not in subs:
+                subs[name] = Level(getattr(level.gm, name))
+            subs[name].fixed = subs[name].fixed or fixed
+            subs[name].sites.append(Site(level, node))
     for sub in subs.values():
         yield sub
         yield from levels_below(sub)
@@ -131,8 +144,10 @@ def drop_folded_operands(level: Level) -> None:
             continue
         position = level.placeholders.index(leaf)
         for site in level.sites:
+            first = site.calls.first
+            assert first is not None  # or nothing would have been folded
             args = list(site.node.args)
-            del args[site.first + position]
+            del args[first + position]
             site.node.args = tuple(args)
         del level.placeholders[position]
         level.positions = {node: position for position, node in enumerate(level.placeholders)}

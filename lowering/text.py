@@ -166,7 +166,7 @@ class _Printer:
         bound: dict[int, tuple[str, ...]] = {}
         for call in node.users:
             found = sub_graphs(call)
-            for position, operand in enumerate(call.args[found[1] :] if found else ()):
+            for position, operand in enumerate(found.operands if found else ()):
                 of_operand = self._operand_weights(operand)
                 bound[position] = tuple(dict.fromkeys((*bound.get(position, ()), *of_operand)))
         inner = _Printer(getattr(self.gm, str(node.target)), self.owners, self.leaf_name, self.sources, bound)

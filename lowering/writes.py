@@ -104,11 +104,15 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 def _written_in_sub_graph(node: fx.Node) -> Iterator[object]:
     """Operands whose placeholders the sub-graph writes to; all where there is none, or it cannot be seen."""
     found = sub_graphs(node)
-    inner = None if found is None else getattr(node.graph.owning_module, found[0], None)
-    if found is None or not isinstance(inner, fx.GraphModule):
+    if found is None:
         yield node.all_input_nodes
         return
-    written = written_storages(inner.graph)
-    for operand, placeholder in zip(node.args[found[1] :], inner.graph.find_nodes(op="placeholder"), strict=False):
-        if storages(placeholder) & written:
-            yield operand
+    for name in found.names:
+        inner = getattr(node.graph.owning_module, name, None)
+        if not isinstance(inner, fx.GraphModule):
+            yield node.all_input_nodes
+            return
+        written = written_storages(inner.graph)
+        for operand, placeholder in zip(found.operands, inner.graph.find_nodes(op="placeholder"), strict=False):
+            if storages(placeholder) & written:
+                yield operand

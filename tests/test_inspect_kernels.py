@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lowering.inspect import kernels, stages
-from lowering.report import GeneratedCode, GraphReport
+from lowering.report import POST_GRAD, GeneratedCode, GraphReport
+from lowering.text import Line
 
 # --- generated code --------------------------------------------------------------------------------------------
 
@@ -43,3 +44,20 @@ def test_normalised_code_has_no_counter_and_no_folder() -> None:
     assert "/tmp" not in text
     assert '#include "cxy.h"' in text
     assert "a = b / c" in text
+
+
+def test_a_name_of_nodes_in_several_graphs_means_all_of_them_and_who_calls_graphs_computes_nothing() -> None:
+    program = "".join(
+        f"# [Provenance debug handles] {name}:{i}\n{name}(x)\n"
+        for i, name in enumerate(("extern_kernels.mxfp8_linear", "extern_kernels.add"))
+    )
+    handles = {"extern_kernels.mxfp8_linear:0": ("linear",), "extern_kernels.add:1": ("add", "cond")}
+    graph = GraphReport(code=[GeneratedCode(program, handles)])
+    graph.stages[POST_GRAD] = [
+        [Line("", "linear", ("one",), True, "mxfp8.linear"), Line("", "add", (), False, "aten.add")],
+        [Line("", "linear", ("other",), True, "mxfp8.linear")],
+        [Line("", "cond", ("one", "other"), False, "cond")],
+    ]
+    linear, add = kernels.kernels(graph)
+    assert (linear.name, linear.weights) == ("extern_kernels.mxfp8_linear", ("one", "other"))
+    assert (add.name, add.weights) == ("extern_kernels.add", ())

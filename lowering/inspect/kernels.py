@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..graph import CALLERS
 from ..report import POST_GRAD, GraphReport
+from ..text import Line
 from ..weights import kernel_text
 
 _HANDLES = re.compile(r"# \[Provenance debug handles\] (.*)")
@@ -41,12 +43,15 @@ class Kernel:
 
 def kernels(graph: GraphReport) -> list[Kernel]:
     """The calls of a graph's generated programs, in the order they run."""
-    lines = {line.node: line for line in graph.lines(POST_GRAD) if line.target}
+    lines: dict[str, list[Line]] = {}  # nodes of several graphs may have the same name
+    for line in graph.lines(POST_GRAD):
+        if line.target and line.target not in CALLERS:  # who calls a graph computes nothing itself
+            lines.setdefault(line.node, []).append(line)
     found = []
     for code in graph.code:
         definitions, program = _split(code.text)
         for name, call, handle, sources in _calls(program, set(definitions)):
-            computed = [lines[node] for node in code.handles.get(handle, ()) if node in lines]
+            computed = [line for node in code.handles.get(handle, ()) for line in lines.get(node, ())]
             nodes = dict.fromkeys((*sources, *(source for line in computed for source in line.sources)))
             weights = dict.fromkeys(weight for line in computed for weight in line.weights)
             found.append(Kernel(name, tuple(nodes), tuple(weights), call, definitions.get(name, "")))
