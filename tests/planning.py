@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 
@@ -30,6 +31,16 @@ def columns(chosen: Plan) -> int:
 
 def tiles_of(chosen: Plan, m: int, n: int) -> int:
     return math.ceil(m / chosen.rows) * math.ceil(n / columns(chosen))
+
+
+def check_each_block_once(parts: Iterable[tuple[int, int, int]], tiles: int, blocks: int) -> None:
+    """That parts of tiles, of each its tile, its first block and how many it has, are all blocks of all tiles, once."""
+    done = 0
+    for tile, first, count in sorted(parts):
+        assert 0 <= first < first + count <= blocks
+        assert tile * blocks + first == done
+        done += count
+    assert done == tiles * blocks
 
 
 def split_of(chosen: Plan, m: int, n: int) -> int:
