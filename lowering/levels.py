@@ -72,8 +72,8 @@ class Use:
 
 @dataclass
 class Level:
-    """A graph module and its callers: the sub-graph of a higher-order operator may be called many times. ``fixed`` is
-    such an operator if its graphs are to stay as they are.
+    """A graph module and its callers: the sub-graph of a higher-order operator may be called many times. Where it is to
+    stay as it is, ``fixed`` names the operator that calls it.
     """
 
     gm: fx.GraphModule
@@ -100,6 +100,7 @@ class Site:
 
     @property
     def calls(self) -> SubGraphs:
+        """As the call is now: operands come and go."""
         found = sub_graphs(self.node)
         assert found is not None
         return found
