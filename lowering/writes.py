@@ -102,7 +102,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _written_in_sub_graph(node: fx.Node) -> Iterator[object]:
-    """Operands whose placeholders the sub-graph writes to; all where there is none, or it cannot be seen."""
+    """Operands whose placeholders a sub-graph writes to; all where none is known, or one cannot be seen."""
     found = sub_graphs(node)
     if found is None:
         yield node.all_input_nodes

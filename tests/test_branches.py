@@ -16,8 +16,7 @@ import mxfp8_ops
 from lowering import report
 from lowering.report import GraphReport
 
-LEFT = {"cond": "inside cond, whose graphs are left as they are"}
-LEFT["while_loop"] = LEFT["cond"].replace("cond", "while_loop")
+LEFT = "inside {}, whose graphs are left as they are"
 
 
 class Branches(nn.Module):
@@ -63,7 +62,7 @@ def test_weights_of_branches_are_kept_and_one_that_is_used_outside_is_folded_the
         one, other = sorted(graph.weights, key=lambda row: row.name)
         assert (other.name, other.action) == ("other.weight", "kept")
         assert other.kernel.startswith("mxfp8.linear (cpu")
-        assert other.reason == (LEFT["cond"] if flag else "the flag is not on")
+        assert other.reason == (LEFT.format("cond") if flag else "the flag is not on")
         assert (one.name, one.action) == ("one.weight", "folded" if flag else "kept")
     assert len(entries_of(model)) == flag
 
@@ -81,7 +80,7 @@ def test_weights_of_a_loop_are_accounted_for(flag: bool) -> None:
     model, x = Loop(), rows(4, 64)
     found, graph = compiled(model, x, dequant_at_load=flag)
     assert_same(found, model(x))
-    reason = LEFT["while_loop"] if flag else "the flag is not on"
+    reason = LEFT.format("while_loop") if flag else "the flag is not on"
     factor, inner = sorted(graph.weights, key=lambda row: row.name)
     assert (inner.name, inner.action, inner.reason) == ("inner.weight", "kept", reason)
     assert (factor.name, factor.action) == ("factor.weight", "unmatched")
@@ -126,5 +125,5 @@ def test_linears_in_nested_graphs_are_recognised_and_kept(
     found, graph = compiled(model, x, dequant_at_load=True)
     assert_same(found, model(x))
     (row,) = graph.weights
-    assert (row.name, row.action, row.reason) == ("inner.weight", "kept", LEFT["cond"])
+    assert (row.name, row.action, row.reason) == ("inner.weight", "kept", LEFT.format("cond"))
     assert "mxfp8.linear" in graph.after
