@@ -15,7 +15,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from simulating import GLUON, array, in_python, linear_layout
 
-from mxfp8_ops.gpu import warp_sums
+from mxfp8_ops.gpu import partial_sums, warp_sums
 
 SIZES = pytest.mark.parametrize(
     ("along", "across", "outputs", "rows"),
@@ -29,7 +29,8 @@ def test_the_sums_of_all_warps_are_added_and_stand_where_they_stood(
     monkeypatch: pytest.MonkeyPatch, along: int, across: int, outputs: int, rows: int
 ) -> None:
     gluon = SimpleNamespace(**GLUON, num_warps=lambda: along * across, BlockedLayout=lambda *bases: None)
-    in_python(monkeypatch, warp_sums, gluon)
+    for module in (partial_sums, warp_sums):
+        in_python(monkeypatch, module, gluon)
     total = torch.randint(-1000, 1000, (along, outputs, rows)).float()
     found = warp_sums.sum_of_warps(array(total)).as_subclass(Tensor)
     assert torch.equal(found, total.sum(0))

@@ -129,19 +129,29 @@ def _words(partial, slots, SIZE: gl.constexpr):
 
 @gluon.jit
 def in_order_of_registers(total):
-    """A tile ``[BN, BM]`` in the layout of the matrix instruction as one row: four elements of a lane follow each
-    other, and then those of the next lane.
+    """A tile ``[BN, BM]`` in the layout of a matrix instruction as one row, or several ``[ALONG, BN, BM]`` as a row
+    each: four elements of a lane follow each other, and then those of the next lane.
     """
-    BN: gl.constexpr = total.shape[0]
-    BM: gl.constexpr = total.shape[1]
-    bits = gl.reshape(total, [BN // 16, 2, 8, BM // 8, 4, 2])
-    return gl.reshape(gl.permute(bits, (3, 0, 2, 4, 1, 5)), [BN * BM])
+    SHAPES: gl.constexpr = _shapes(total.shape)
+    return gl.reshape(gl.permute(gl.reshape(total, SHAPES[0]), SHAPES[1]), SHAPES[2])
+
+
+@gluon.constexpr_function
+def _shapes(shape):
+    """Of the bits of a tile's elements, how they are to follow each other, and of the rows."""
+    *several, columns, rows = shape
+    order = [*range(len(several)), *(len(several) + bit for bit in (3, 0, 2, 4, 1, 5))]
+    return [*several, columns // 16, 2, 8, rows // 8, 4, 2], order, [*several, columns * rows]
+
+
+@gluon.jit
+def as_tile(flat, BN: gl.constexpr, BM: gl.constexpr):
+    """The row as a tile again, wherever its elements are now."""
+    return gl.reshape(gl.permute(gl.reshape(flat, [BM // 8, BN // 16, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5)), [BN, BM])
 
 
 @gluon.jit
 def as_before(flat, total):
     """The row as a tile again, like ``total``."""
-    BN: gl.constexpr = total.shape[0]
-    BM: gl.constexpr = total.shape[1]
-    bits = gl.permute(gl.reshape(flat, [BM // 8, BN // 16, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
-    return gl.convert_layout(gl.reshape(bits, [BN, BM]), total.type.layout, assert_trivial=True)
+    tile = as_tile(flat, total.shape[0], total.shape[1])
+    return gl.convert_layout(tile, total.type.layout, assert_trivial=True)

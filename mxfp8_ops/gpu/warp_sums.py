@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .partial_sums import as_tile, in_order_of_registers
+
 _ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
@@ -22,13 +24,11 @@ def sum_of_warps(total):
     if ALONG == 1:
         return gl.reshape(total, [BN, BM])
     else:
-        bits = gl.reshape(total, [ALONG, BN // 16, 2, 8, BM // 8, 4, 2])
-        flat = gl.reshape(gl.permute(bits, (0, 4, 1, 3, 5, 2, 6)), [ALONG, BN * BM])
-        shared = gl.allocate_shared_memory(gl.float32, flat.shape, _ROW)
-        shared.store(flat)
+        rows = in_order_of_registers(total)
+        shared = gl.allocate_shared_memory(gl.float32, rows.shape, _ROW)
+        shared.store(rows)
         sums = gl.sum(shared.load(_in_each_lane(ALONG, BN * BM, gl.num_warps())), 0)
-        bits = gl.permute(gl.reshape(sums, [BM // 8, BN // 16, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
-        return gl.reshape(bits, [BN, BM])
+        return as_tile(sums, BN, BM)
 
 
 @gluon.constexpr_function
