@@ -132,7 +132,7 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
 def _skinny(chosen: Skinny, x: Tensor, source: Tensor | Canonical, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = x.shape, out.shape[1]
     programs = tiles_of(chosen, m, n) * chosen.parts
-    elements, scales, packed = _boxes(source, 1)
+    elements, scales, packed = _boxes(source, chosen.across)
     partial = packed
     if chosen.parts > 1:
         partial = partial_sums.memory(programs * chosen.across, 64 * chosen.rows, x.device)

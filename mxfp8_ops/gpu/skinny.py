@@ -30,7 +30,6 @@ from .heights import (
 from .partial_sums import add_stored, as_before, in_order_of_registers, say_stored, store_sums
 from .tiles import (
     LOADER_REGISTERS,
-    TRANSPOSED,
     advance,
     part_of_tile,
     place_of_tile,
@@ -46,8 +45,8 @@ _ROW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 def mxfp8_linear_skinny(
     x,  # TMA descriptor, [M, K], in boxes of as many rows as a tile begins with, or half of them, by 64
     later_x,  # TMA descriptor, [M, K], boxes of the rows of a tile after its head; or anything
-    elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [32, 32]; else [N, K / 4] int32, boxes of [64, 16]
-    scales,  # PACKED: TMA descriptor, the same tensor, boxes of [2, 32]; else pointer [N, K / 128] int32
+    elements,  # TMA descriptor: PACKED [rows, 32] int32, boxes of [R * 32, 32]; else [N, K / 4], boxes of [R * 64, 16]
+    scales,  # PACKED: TMA descriptor, the same tensor, boxes of [R * 2, 32]; else pointer [N, K / 128] int32
     packed,  # PACKED: pointer to that tensor; else to anything
     bias,  # pointer [N], or to anything
     out,  # pointer [M, N]
@@ -65,16 +64,18 @@ def mxfp8_linear_skinny(
     REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
+    gl.static_assert(R <= 2)  # what is packed together
     gl.static_assert(STAGES % S == 0)  # a stage is always the same consumers': they count how often it was filled
+    gl.static_assert(STAGES >= S * R)  # each of them gets the memory of one in the end
     blocks = (K + 127) // 128
     tile, part, first, steps = part_of_tile(blocks, parts)
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
     x_stages = stages_of_rows(x, STAGES, 2, BM)
     if PACKED:
-        element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R * 2, 32, 32], elements.layout)
-        scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R, 2, 32], scales.layout)
+        element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * 2, R * 32, 32], elements.layout)
+        scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES, R * 2, 32], scales.layout)
     else:
-        element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * R * 2, 64, 16], elements.layout)
+        element_stages = gl.allocate_shared_memory(gl.int32, [STAGES * 2, R * 64, 16], elements.layout)
         scale_stages = element_stages
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -88,17 +89,13 @@ def mxfp8_linear_skinny(
             mbarrier.init(summed.index(i), count=S - 1)
     else:
         summed = empty
-    if S > 1 and R > 1:
-        groups = (gl.allocate_shared_memory(gl.float32, [(S - 1) * R, 64 * BM], _ROW),)
-    else:
-        groups = x_stages
     all_x = (x, later_x)
     fence_async_shared()
     wait_for_kernel_before()
 
     stages = (x_stages, element_stages, scale_stages, full, empty)
     source = (packed, scales, first, N, K)
-    result = (bias, out, partial, stored.to(gl.int64), groups, summed, M, N, row, column, part, parts)
+    result = (bias, out, partial, stored.to(gl.int64), summed, M, N, row, column, part, parts)
     work = (M, row, column // 64, first, steps, blocks)
     config: gl.constexpr = (PACKED, BM, R, S, STAGES, x.block_type.shape[0], HAS_BIAS)
     if steps > 0:  # at once: it takes a moment until the warp that loads has begun
@@ -162,19 +159,17 @@ def _fill(x, elements, scales, stages, work, step, stage, config: gl.constexpr):
     R: gl.constexpr = config[2]
     ready = full.index(stage)
     mbarrier.expect(ready, R * (128 * 64 + 64 * 4 * (PACKED > 0)) + BM * 128 * 2)
-    for r in gl.static_range(R):
-        into = stage * R + r
-        if PACKED:
-            block = ((block_row + r) // 2 * blocks + step) * 132  # of 128 rows: two tiles
-            upper = (block_row + r) % 2
-            at = [block + upper * 32, 0]
-            second = [block + 64 + upper * 32, 0]
-            load_box(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(into))
-        else:
-            at = [(block_row + r) * 64, step * 32]
-            second = [(block_row + r) * 64, step * 32 + 16]
-        load_box(elements, at, ready, element_stages.index(into * 2))
-        load_box(elements, second, ready, element_stages.index(into * 2 + 1))
+    if PACKED:
+        block = (block_row // 2 * blocks + step) * 132  # of 128 rows: two times 64
+        upper = block_row % 2
+        at = [block + upper * 32, 0]
+        second = [block + 64 + upper * 32, 0]
+        load_box(scales, [block + 128 + upper * 2, 0], ready, scale_stages.index(stage))
+    else:
+        at = [block_row * 64, step * 32]
+        second = [block_row * 64, step * 32 + 16]
+    load_box(elements, at, ready, element_stages.index(stage * 2))
+    load_box(elements, second, ready, element_stages.index(stage * 2 + 1))
     for half in gl.static_range(2):
         load_rows(x, row, M, step * 128 + half * 64, ready, piece_of_stage(x_stages, stage, half, 2))
 
@@ -183,7 +178,7 @@ def _fill(x, elements, scales, stages, work, step, stage, config: gl.constexpr):
 def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.constexpr):
     """Four warps: 64 rows of the weight by BM rows of x, over every S-th stage; then the sum goes its way."""
     packed, scales, first, N, K = source
-    bias, out, partial, stored, groups, summed, M, N, row, column, part, parts = result
+    bias, out, partial, stored, summed, M, N, row, column, part, parts = result
     PACKED: gl.constexpr = config[0]
     BM: gl.constexpr = config[1]
     R: gl.constexpr = config[2]
@@ -201,7 +196,7 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
     else:
         sums = _products(stages, scales, steps, r, s, False, config)
     if S > 1:
-        sums = _sums_of_groups(sums, groups, summed, r, s, config)
+        sums = _sums_of_groups(sums, stages, steps, summed, r, s, config)
     if s == 0:
         slots = gl.num_programs(0) * R
         slot = r * gl.num_programs(0) + gl.program_id(0)
@@ -212,59 +207,56 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
         else:
             if parts > 1:
                 sums = add_stored(sums, partial, stored, slot - part, part, slots)
-            store_tile(sums, bias, out, M, N, row, column + r * 64, _scratch(stages, r, R), BOX, HAS_BIAS)
+            scratch = _own_memory(stages, steps, r, s, config)
+            store_tile(sums, bias, out, M, N, row, column + r * 64, scratch, BOX, HAS_BIAS)
 
 
 @gluon.jit
-def _sums_of_groups(sums, groups, summed, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
+def _sums_of_groups(sums, stages, steps, summed, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
     """What the S consumers of the same rows have come to together; only the first of them gets it."""
-    R: gl.constexpr = config[2]
-    S: gl.constexpr = config[3]
     if s > 0:
+        memory = _own_memory(stages, steps, r, s, config)
         for i in gl.static_range(len(sums)):
-            _place_of_sums(groups[i], r, s, R).store(in_order_of_registers(sums[i]))
+            _as_row(memory[i]).store(in_order_of_registers(sums[i]))
         barrier()
         mbarrier.arrive(summed.index(r))
         return sums
     else:
         mbarrier.wait(summed.index(r), 0)
-        first = _sum_of_groups(sums[0], groups[0], r, R, S)
+        first = _sum_of_groups(sums[0], stages[0][0], r, config)
         if len(sums) == 1:
             return (first,)
         else:
-            return first, _sum_of_groups(sums[1], groups[1], r, R, S)
+            return first, _sum_of_groups(sums[1], stages[0][1], r, config)
 
 
 @gluon.jit
-def _sum_of_groups(total, group, r: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+def _sum_of_groups(total, x_stages, r: gl.constexpr, config: gl.constexpr):
+    S: gl.constexpr = config[3]
     flat = in_order_of_registers(total)
     for s in gl.static_range(1, S):
-        flat += _place_of_sums(group, r, s, R).load(flat.type.layout)
+        flat += _as_row(x_stages.index(s + r * S)).load(flat.type.layout)
     return as_before(flat, total)
 
 
 @gluon.jit
-def _place_of_sums(group, r: gl.constexpr, s: gl.constexpr, R: gl.constexpr):
-    """Where a consumer that is not the first leaves its sums: in its own memory, or, where no other consumer shares its
-    stages, in the rows of x of its first one, which are as large and which it has left.
+def _own_memory(stages, steps, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
+    """Rows of x of one of a consumer's stages, once those that share it have left it, too: as much memory as the
+    consumer's sums take.
     """
-    if R == 1:
-        rows = group.index(s)
-        return reinterpret(rows, gl.float32, [rows.shape[0] * 32], _ROW)
-    else:
-        return group.index((s - 1) * R + r)
+    x_stages, _, _, _, empty = stages
+    R: gl.constexpr = config[2]
+    STAGES: gl.constexpr = config[4]
+    stage: gl.constexpr = s + r * config[3]
+    if R > 1:
+        times = (steps - stage + STAGES - 1) // STAGES  # that the stage was filled
+        mbarrier.wait(empty.index(stage), (times - 1) & 1, pred=times > 0)
+    return piece_of_stage(x_stages, stage, 0, 1)
 
 
 @gluon.jit
-def _scratch(stages, r: gl.constexpr, R: gl.constexpr):
-    """Memory for ``[32, 64]`` results, four times: halves of two stages of elements, whose consumer has left them."""
-    x_stages, element_stages, _, _, _ = stages
-    DTYPE: gl.constexpr = x_stages[0].dtype
-    one = reinterpret(element_stages.index(r * 2), DTYPE, [32, 64], TRANSPOSED)
-    two = reinterpret(element_stages.index(r * 2 + 1), DTYPE, [32, 64], TRANSPOSED)
-    three = reinterpret(element_stages.index((R + r) * 2), DTYPE, [32, 64], TRANSPOSED)
-    four = reinterpret(element_stages.index((R + r) * 2 + 1), DTYPE, [32, 64], TRANSPOSED)
-    return one, two, three, four
+def _as_row(rows):
+    return reinterpret(rows, gl.float32, [rows.shape[0] * 32], _ROW)
 
 
 @gluon.jit
@@ -296,11 +288,11 @@ def _products(
             scales = next_scales
             next_scales = gl.load(places + gl.minimum(step + S, steps - 1))
         mbarrier.wait(full.index(stage), phase)
-        into = stage * R + r
         for half in gl.static_range(2):  # the second half is decoded while the first is multiplied
-            elements = element_stages.index(into * 2 + half)
+            elements = _of_consumer(element_stages.index(stage * 2 + half), r, R)
             if PACKED:
-                weight = weight_fragment(elements, scale_stages.index(into), half, 64, MMA, DTYPE, PACKED == 2, EXACT)
+                codes = _of_consumer(scale_stages.index(stage), r, R)
+                weight = weight_fragment(elements, codes, half, 64, MMA, DTYPE, PACKED == 2, EXACT)
             else:
                 weight = canonical_fragment(elements, scales, half, 64, MMA, DTYPE)
             sums = multiply(weight, piece_of_stage(x_stages, stage, half, 2), sums)
@@ -308,3 +300,10 @@ def _products(
         mbarrier.arrive(empty.index(stage))
         stage, phase = advance(stage, phase, S, STAGES)
     return sums
+
+
+@gluon.jit
+def _of_consumer(loaded, r: gl.constexpr, R: gl.constexpr):
+    """What one of R consumers multiplies of what was loaded for all."""
+    ROWS: gl.constexpr = loaded.shape[0] // R
+    return loaded.slice(r * ROWS, ROWS)

@@ -16,8 +16,8 @@ from .partial_sums import part_begins
 LOADER_REGISTERS = gl.constexpr(24)
 """Of a lane of the warp that only loads."""
 
-TRANSPOSED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-"""Of shared memory through which a tile goes when it is stored."""
+FEW = gl.constexpr(32)
+"""Rows of x from which on a tile goes through shared memory when it is stored."""
 
 GROUP = gl.constexpr(4)
 """Tiles along M that follow each other: as many find the same rows of the weight in the cache."""
@@ -86,12 +86,12 @@ def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
 def store_tile(sums, bias, out, M, N, row, column, scratch, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
     """A tile of sums (see ``heights``) plus bias, rounded and transposed, to its place in ``out [M, N]``.
 
-    It goes in pieces, each through one of ``scratch``, four times ``[rows, BN]`` of shared memory, all of which may be
-    the same; what has fewer rows than a piece, as it stands in registers.
+    It goes through ``scratch``, for each of the sums shared memory ``[rows, BN]``, in pieces of as many rows if it has
+    more; what is too few rows for that, as it stands in registers.
     """
     for i in gl.static_range(len(sums)):
         total = _rounded(sums[i], bias, column, N, out.dtype.element_ty, HAS_BIAS)
-        _store(total, out, M, N, row + i * sums[0].shape[1], column, scratch, BOX if i == 0 else sums[i].shape[1])
+        _store(total, out, M, N, row + i * sums[0].shape[1], column, scratch[i], BOX if i == 0 else sums[i].shape[1])
 
 
 @gluon.jit
@@ -105,15 +105,16 @@ def _rounded(total, bias, column, N, DTYPE: gl.constexpr, HAS_BIAS: gl.constexpr
 @gluon.jit
 def _store(total, out, M, N, row, column, scratch, BOX: gl.constexpr):
     BN: gl.constexpr = total.shape[0]
-    ROWS: gl.constexpr = scratch[0].shape[0]
-    COUNT: gl.constexpr = total.shape[1] // ROWS
-    if COUNT == 0:
+    BM: gl.constexpr = total.shape[1]
+    if BM < FEW:
         _store_rows(gl.permute(total, (1, 0)), out, M, N, row, column, 0, BOX)
     else:
-        pieces = _pieces(total, COUNT)
-        for i in gl.static_range(COUNT):
-            scratch[i].store(gl.permute(pieces[i], (1, 0)))
-            _store_rows(scratch[i].load(_stored_rows(BN)), out, M, N, row, column, ROWS * i, BOX)
+        ROWS: gl.constexpr = BM if scratch.shape[0] > BM else scratch.shape[0]
+        piece = scratch.slice(0, ROWS)
+        pieces = _pieces(total, BM // ROWS)
+        for i in gl.static_range(len(pieces)):
+            piece.store(gl.permute(pieces[i], (1, 0)))
+            _store_rows(piece.load(_stored_rows(BN)), out, M, N, row, column, ROWS * i, BOX)
 
 
 @gluon.jit

@@ -30,13 +30,15 @@ from .partial_sums import add_stored, say_stored, store_sums
 from .shares import FIRST, LAST, first_of_tile, piece_of, pieces_of, when_to_say, work_of
 from .tiles import (
     LOADER_REGISTERS,
-    TRANSPOSED,
     advance,
     place_of_tile,
     store_tile,
     wait_for_kernel_before,
 )
 from .versions import barrier, load_box
+
+_TRANSPOSED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+"""Of shared memory through which a tile goes when it is stored."""
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "whole", "stored"])
@@ -67,7 +69,7 @@ def mxfp8_linear_wide(
     else:
         element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 16], elements.layout)
         scale_stages = element_stages
-    scratch = gl.allocate_shared_memory(out.dtype.element_ty, [64, 128], TRANSPOSED)
+    scratch = gl.allocate_shared_memory(out.dtype.element_ty, [64, 128], _TRANSPOSED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -169,8 +171,7 @@ def _finish(n, sums, work, problem, result, config: gl.constexpr):
         if part == LAST:
             others = first_of_tile(program, programs, tiles - whole, blocks, work)
             sums = add_stored(sums, partial, stored, others, program - others, programs)
-        quarters = (scratch, scratch, scratch, scratch)
-        store_tile(sums, bias, out, M, N, row, column, quarters, config[3], config[4])
+        store_tile(sums, bias, out, M, N, row, column, (scratch, scratch), config[3], config[4])
 
 
 @gluon.jit

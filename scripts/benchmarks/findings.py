@@ -23,9 +23,9 @@ METHOD = (
 
 RACES = (
     "racecheck follows neither an mbarrier at which one thread arrives for its four warps after a barrier among them,",
-    "nor the way in which Triton hands values to specialised warps (lines of `kernel` and of `warp_specialize`). The",
-    "first is how consumers of `skinny` add up their sums: store, barrier, arrive; wait, load. Pairs of lines that are",
-    "neither are races.",
+    "nor the way in which Triton hands values to specialised warps: written at lines of `kernel` or `warp_specialize`,",
+    "read there or where they are used. The first is how consumers of `skinny` add up their sums: store, barrier,",
+    "arrive; wait, load. Pairs of lines that are neither are races.",
 )
 """How to read its report."""
 
