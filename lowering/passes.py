@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 import mxfp8_ops
 from mxfp8_ops import settings
 
-from . import calls, compat, kernels, report
+from . import calls, compat, introspection, kernels, report
 from .forms import Wanted
 from .graph import label_leaves, leaf_name, leaves
 from .hoist import FLAG_IS_OFF, Hoist
@@ -133,7 +133,7 @@ def rewrite(
         inputs, wanted: see ``Hoist``.
         names: see ``graph.label_leaves``.
     """
-    graph_report = GraphReport(graph_break=GraphBreak.of(*(compat.graph_break_of(gm) or (None,))))
+    graph_report = GraphReport(graph_break=GraphBreak.of(*(introspection.graph_break_of(gm) or (None,))))
     with graph_report.timed("passes"):
         copy = compat.copy_graph_module(gm)
         changed, unchanged = (gm, copy) if in_place else (copy, gm)

@@ -20,7 +20,7 @@ from traceback import FrameSummary
 import torch
 from torch import Tensor, fx
 
-from . import compat
+from . import introspection
 from .forms import Form, Packed
 from .graph import leaf_name
 from .text import Line, Owners, dtype_name, graph_lines
@@ -147,18 +147,20 @@ class GraphReport:
     def record(self, stage: str, graph: fx.Graph) -> None:
         """Adds an ATen graph, whose inputs get the names they have in Dynamo's."""
         if graph.owning_module is not None:
-            self.add_stage(stage, graph_lines(graph.owning_module, self.owners, self._aten_name, compat.source_nodes))
+            self.add_stage(
+                stage, graph_lines(graph.owning_module, self.owners, self._aten_name, introspection.source_nodes)
+            )
 
     def _aten_name(self, node: fx.Node) -> str:
         if node.op == "placeholder":
-            position = compat.input_position(node)
+            position = introspection.input_position(node)
             known = position is not None and position < len(self.inputs)
             return self.inputs[position] if known and position is not None else node.name
         constant = getattr(node.graph.owning_module, str(node.target), None)
         if isinstance(constant, Tensor):
             for ref, label in self.labels:
                 tensor = ref()
-                if tensor is not None and compat.same_memory(tensor, constant):
+                if tensor is not None and introspection.same_memory(tensor, constant):
                     return label
         return leaf_name(node)
 
@@ -258,9 +260,9 @@ def log_graph(graph: GraphReport) -> None:
     log.info("passes took %.4f of %.2f s", graph.seconds.get("passes", 0.0), graph.seconds.get("total", 0.0))
     if log.isEnabledFor(logging.DEBUG):
         log.debug("before:\n%s\nafter:\n%s", graph.before, graph.after)
-    compat.trace_artifact("mxfp8_before", lambda: graph.before)
-    compat.trace_artifact("mxfp8_after", lambda: graph.after)
-    compat.trace_artifact("mxfp8_report", lambda: str(graph))
+    introspection.trace_artifact("mxfp8_before", lambda: graph.before)
+    introspection.trace_artifact("mxfp8_after", lambda: graph.after)
+    introspection.trace_artifact("mxfp8_report", lambda: str(graph))
 
 
 def distinct(graphs: Iterable[GraphReport]) -> list[WeightReport]:

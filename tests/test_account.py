@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowering
 import mxfp8_ops
-from lowering import compat, report, weights
+from lowering import introspection, report, weights
 from lowering.report import GraphReport
 from lowering.weights import Identity, Memory, WeightReport
 from mxfp8_ops import ops
@@ -317,7 +317,7 @@ def test_packed_weight_of_a_sub_graph_has_the_name_it_has_outside() -> None:
 @pytest.fixture
 def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without ``TORCH_TRACE``: pytest listens to torch's trace, for which every report is written out."""
-    monkeypatch.setattr(compat, "trace_artifact", lambda name, text: None)
+    monkeypatch.setattr(introspection, "trace_artifact", lambda name, text: None)
 
 
 @pytest.mark.usefixtures("no_trace")

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from mxfp8_ops import settings
 
-from .. import backend, compat, report
+from .. import backend, compat, introspection, report
 from ..report import GraphBreak, GraphReport
 from . import stages
 from .kernels import name_kernels
@@ -121,8 +121,8 @@ def _listening(result: Report, thread: int | None = None) -> Iterator[None]:
     def reused() -> None:
         result.reused += 1
 
-    breaks, start = compat.graph_breaks(), time.perf_counter()
-    with report.collect(result.graphs, thread), stages.generated_code(), compat.reused_code(reused):
+    breaks, start = introspection.graph_breaks(), time.perf_counter()
+    with report.collect(result.graphs, thread), stages.generated_code(), introspection.reused_code(reused):
         try:
             yield
         finally:
@@ -135,7 +135,7 @@ def _listening(result: Report, thread: int | None = None) -> Iterator[None]:
 def _other_breaks(before: Mapping[str, int], graphs: Sequence[GraphReport]) -> list[GraphBreak]:
     """Graph breaks since ``before`` that end no graph: those met before the first operator of a frame."""
     known = {(each.graph_break.reason, each.graph_break.explanation) for each in graphs if each.graph_break}
-    texts = [text for text, count in compat.graph_breaks().items() if count > before.get(text, 0)]
+    texts = [text for text, count in introspection.graph_breaks().items() if count > before.get(text, 0)]
     breaks = [GraphBreak.of(text) for text in texts]
     return [each for each in breaks if each is not None and (each.reason, each.explanation) not in known]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from .. import compat, passes, report
+from .. import compat, introspection, passes, report
 
 STAGES = {compat.JOINT_PRE: report.AOT, compat.JOINT_POST: report.JOINT}
 
@@ -31,7 +31,7 @@ def install(patches: dict[str, Any]) -> dict[str, Any]:
     """Patches of Inductor's configuration with a pass at every stage, and with its own book-keeping on."""
     for slot, stage in STAGES.items():
         patches = passes.install(patches, slot, StagePass(stage))
-    return {**patches, **compat.provenance()}
+    return {**patches, **introspection.provenance()}
 
 
 @contextlib.contextmanager
@@ -40,11 +40,11 @@ def generated_code() -> Iterator[None]:
 
     def receive(code: str) -> None:
         current = passes.current_report()
-        generated = report.GeneratedCode(normalised(code), compat.kernel_handles())
+        generated = report.GeneratedCode(normalised(code), introspection.kernel_handles())
         if current is not None and generated not in current.code:  # listeners may be nested
             current.code.append(generated)
 
-    with compat.output_code(receive):
+    with introspection.output_code(receive):
         yield
 
 
