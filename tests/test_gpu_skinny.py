@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,21 +28,19 @@ def test_a_consumer_gets_a_stage_of_its_own_group_that_all_have_left_for_the_las
     waits: list[tuple[int, int, bool]] = []
     barriers = SimpleNamespace(wait=lambda stage, phase, pred: waits.append((stage, phase, pred)))
     monkeypatch.setattr(skinny, "mbarrier", barriers)
-    monkeypatch.setattr(skinny, "piece_of_stage", lambda rows, stage, piece, pieces: stage)
     empty = SimpleNamespace(index=lambda stage: stage)
-    _, groups, stages, *_ = config = (kind.across, kind.along, kind.stages)
-    config = (1, kind.rows, *config)
+    config = (1, kind.rows, kind.across, kind.along, kind.stages)
+    consumers = list(itertools.product(range(kind.across), range(kind.along)))
+    own = [skinny._own_stage(r, s, kind.along) for r, s in consumers]
+    assert [stage % kind.along for stage in own] == [s for _, s in consumers]
+    assert len(set(own)) == len(own)
     for steps in range(1, 30):
         waits.clear()
-        got = {}
-        for r in range(kind.across):
-            for s in range(kind.along):
-                got[r, s] = skinny._own_memory.fn((None, None, None, None, empty), steps, r, s, config)
-                assert got[r, s] % groups == s
-        assert len(set(got.values())) == len(got)
-        times = {stage: len(range(stage, steps, stages)) for stage in got.values()}
+        for r, s in consumers:
+            skinny._wait_until_left.fn((None, None, None, None, empty), steps, r, s, config)
+        times = [len(range(stage, steps, kind.stages)) for stage in own]
         if kind.across > 1:  # or else nobody shares it
-            assert waits == [(stage, (times[stage] - 1) & 1, times[stage] > 0) for stage in got.values()]
+            assert waits == [(stage, (n - 1) & 1, n > 0) for stage, n in zip(own, times, strict=True)]
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])

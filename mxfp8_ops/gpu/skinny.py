@@ -207,7 +207,8 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
         else:
             if parts > 1:
                 sums = add_stored(sums, partial, stored, slot - part, part, slots)
-            scratch = _own_memory(stages, steps, r, s, config)
+            _wait_until_left(stages, steps, r, s, config)
+            scratch = piece_of_stage(stages[0], _own_stage(r, s, S), 0, 2)
             store_tile(sums, bias, out, M, N, row, column + r * 64, scratch, BOX, HAS_BIAS)
 
 
@@ -215,7 +216,8 @@ def _consume(stages, source, result, steps, consumer: gl.constexpr, config: gl.c
 def _sums_of_groups(sums, stages, steps, summed, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
     """What the S consumers of the same rows have come to together; only the first of them gets it."""
     if s > 0:
-        memory = _own_memory(stages, steps, r, s, config)
+        _wait_until_left(stages, steps, r, s, config)
+        memory = piece_of_stage(stages[0], _own_stage(r, s, config[3]), 0, 1)
         for i in gl.static_range(len(sums)):
             _as_row(memory[i]).store(in_order_of_registers(sums[i]))
         barrier()
@@ -235,23 +237,27 @@ def _sum_of_groups(total, x_stages, r: gl.constexpr, config: gl.constexpr):
     S: gl.constexpr = config[3]
     flat = in_order_of_registers(total)
     for s in gl.static_range(1, S):
-        flat += _as_row(x_stages.index(s + r * S)).load(flat.type.layout)
+        flat += _as_row(x_stages.index(_own_stage(r, s, S))).load(flat.type.layout)
     return as_before(flat, total)
 
 
-@gluon.jit
-def _own_memory(stages, steps, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
-    """Rows of x of one of a consumer's stages, once those that share it have left it, too: as much memory as the
-    consumer's sums take.
+@gluon.constexpr_function
+def _own_stage(r, s, groups):
+    """One of a consumer's stages, each another one. In the end its rows of x are memory for the consumer's sums, which
+    take as much, and for its tile of the result, which takes half.
     """
-    x_stages, _, _, _, empty = stages
+    return s + r * groups
+
+
+@gluon.jit
+def _wait_until_left(stages, steps, r: gl.constexpr, s: gl.constexpr, config: gl.constexpr):
+    """Until all consumers that share a consumer's own stage have left it for the last time."""
     R: gl.constexpr = config[2]
     STAGES: gl.constexpr = config[4]
-    stage: gl.constexpr = s + r * config[3]
     if R > 1:
+        stage: gl.constexpr = _own_stage(r, s, config[3])
         times = (steps - stage + STAGES - 1) // STAGES  # that the stage was filled
-        mbarrier.wait(empty.index(stage), (times - 1) & 1, pred=times > 0)
-    return piece_of_stage(x_stages, stage, 0, 1)
+        mbarrier.wait(stages[4].index(stage), (times - 1) & 1, pred=times > 0)
 
 
 @gluon.jit

@@ -86,8 +86,8 @@ def advance(stage, phase, by: gl.constexpr, STAGES: gl.constexpr):
 def store_tile(sums, bias, out, M, N, row, column, scratch, BOX: gl.constexpr, HAS_BIAS: gl.constexpr):
     """A tile of sums (see ``heights``) plus bias, rounded and transposed, to its place in ``out [M, N]``.
 
-    It goes through ``scratch``, for each of the sums shared memory ``[rows, BN]``, in pieces of as many rows if it has
-    more; what is too few rows for that, as it stands in registers.
+    It goes through ``scratch``, for each of the sums shared memory ``[rows, BN]``, in pieces of as many rows; what has
+    less than FEW rows, as it stands in registers.
     """
     for i in gl.static_range(len(sums)):
         total = _rounded(sums[i], bias, column, N, out.dtype.element_ty, HAS_BIAS)
@@ -109,12 +109,11 @@ def _store(total, out, M, N, row, column, scratch, BOX: gl.constexpr):
     if BM < FEW:
         _store_rows(gl.permute(total, (1, 0)), out, M, N, row, column, 0, BOX)
     else:
-        ROWS: gl.constexpr = BM if scratch.shape[0] > BM else scratch.shape[0]
-        piece = scratch.slice(0, ROWS)
+        ROWS: gl.constexpr = scratch.shape[0]
         pieces = _pieces(total, BM // ROWS)
         for i in gl.static_range(len(pieces)):
-            piece.store(gl.permute(pieces[i], (1, 0)))
-            _store_rows(piece.load(_stored_rows(BN)), out, M, N, row, column, ROWS * i, BOX)
+            scratch.store(gl.permute(pieces[i], (1, 0)))
+            _store_rows(scratch.load(_stored_rows(BN)), out, M, N, row, column, ROWS * i, BOX)
 
 
 @gluon.jit
