@@ -19,7 +19,7 @@ from compiling import one_code_a_row, what_codes_mean
 from on_chip import EACH_KERNEL, FORM, HOPPER, SHORT, OnChip, linear, on_device, problem, processors, put, source_of
 from planning import split_of, tiles_of
 
-from mxfp8_ops.gpu import hopper, plans
+from mxfp8_ops.gpu import hopper, plans, plans_few
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +79,17 @@ def test_rows_about_the_ends_of_tiles_and_boxes_are_right(m: int, dtype: torch.d
         plan = plans.plan(m, n, k, processors(), packed)
         assert_same(run_guarded(plan, x, on_chip, bias, n), expected)
         assert_same(linear(x, on_chip, n, bias), expected)
+
+
+@HOPPER
+@SHORT
+@pytest.mark.parametrize("kernel", plans_few.NARROW, ids=repr)
+@pytest.mark.usefixtures("poisoned")
+def test_boxes_of_the_same_rows_are_right(kernel: plans_few.Narrow, dtype: torch.dtype) -> None:
+    """Of the second half of a tile, of which x has some rows or all."""
+    for m in range(kernel.rows // 2 + 1, kernel.rows + 1):
+        x, on_chip, bias, expected = problem(m, 289, 1152, dtype, True)
+        assert_same(run_guarded(kernel, x, on_chip, bias, 289), expected)
 
 
 @HOPPER

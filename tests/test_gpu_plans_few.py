@@ -23,10 +23,10 @@ def test_kinds_are_offered_if_three_quarters_of_their_warps_have_work(
     assert directs(rows[0], 10**6) == list(kinds)
 
 
-def test_kinds_of_tiles_of_32_are_offered_for_5_to_16_rows_and_whole_blocks() -> None:
-    for m in range(1, 33):
-        rows = 8 if m <= 8 else 16
-        expected = [kind for kind in NARROW if kind.rows == rows] if 5 <= m <= 16 else []
+def test_kinds_of_tiles_of_32_are_offered_for_5_to_32_rows_and_whole_blocks() -> None:
+    for m in range(1, 65):
+        rows = next(height for height in (8, 16, 32, 64) if m <= height)
+        expected = [kind for kind in NARROW if kind.rows == rows] if 5 <= m <= 32 else []
         assert list(narrows(m, 1024)) == expected
         assert not list(narrows(m, 1024 + 32))
 

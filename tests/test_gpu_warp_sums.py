@@ -19,7 +19,16 @@ from mxfp8_ops.gpu import partial_sums, warp_sums
 
 SIZES = pytest.mark.parametrize(
     ("along", "across", "outputs", "rows"),
-    [(1, 1, 32, 16), (4, 1, 32, 16), (4, 1, 32, 8), (8, 1, 16, 8), (8, 1, 16, 16), (4, 2, 32, 32), (2, 4, 64, 64)],
+    [
+        (1, 1, 32, 16),
+        (4, 1, 32, 32),
+        (4, 1, 32, 16),
+        (4, 1, 32, 8),
+        (8, 1, 16, 8),
+        (8, 1, 16, 16),
+        (4, 2, 32, 32),
+        (2, 4, 64, 64),
+    ],
 )
 """Warps along K and across N, and the tile that they have sums of: those of ``narrow`` and of ``mma_kernel``."""
 

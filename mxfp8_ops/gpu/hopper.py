@@ -113,7 +113,7 @@ def _narrow(chosen: Narrow, x: Tensor, source: Tensor, bias: Tensor | None, out:
         mxfp8_linear_narrow,
         (divided(n, 32),),
         (
-            (x, box((2 * warps, rows, 64), _ROWS_OF_BLOCKS), (k // 64, m, 64), (64, k, 1)),
+            (x, box((2 * warps, chosen.box, 64), _ROWS_OF_BLOCKS), (k // 64, m, 64), (64, k, 1)),
             (source, box((warps, 2, 1, 2, 256), _WORDS_OF_BLOCKS), (blocks, 2, 2, 2, 512), (words, 2048, 1024, 512, 1)),
             (source, box((warps, 1, 32), _SCALES_OF_BLOCKS), (blocks, packing.BLOCK_ROWS, 32), (words, 32, 1)),
             source,

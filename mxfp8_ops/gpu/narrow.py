@@ -1,12 +1,13 @@
-"""Linear on a packed weight for 5 to 16 rows of x, for Hopper, in Gluon: narrow tiles of 32 outputs.
+"""Linear on a packed weight for 5 to 32 rows of x, for Hopper, in Gluon: narrow tiles of 32 outputs.
 
 A program computes its outputs over all of K, so that nobody has to add up parts even where there are few of them. Its
 warps stand along K: in a turn each takes a block of 128 elements, and their sums are added in the end. TMA brings the
 blocks of a turn, and what x has for them, to shared memory, as many turns ahead as there are stages.
 
-Starting a copy takes a whole program a moment, with a barrier for all its warps. So one warp more only loads, and three
-copies bring a turn: all elements, all scales, all rows of x. The first turn is loaded before that warp has begun. Where
-a program is a single warp, many of which run at once, that warp loads for itself.
+Starting a copy takes a whole program a moment, with a barrier for all its warps. So one warp more only loads, and few
+copies bring a turn: all elements, all scales, half of the rows of x and the other half, for which rows that x lacks are
+others once more: see ``heights``. The first turn is loaded before that warp has begun. Where a program is a single
+warp, many of which run at once, that warp loads for itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .fragments import halves, needs_exact, one_scale, scaled, separate
+from .heights import rows_of_result
 from .places import places_along
 from .tiles import LOADER_REGISTERS, advance, wait_for_kernel_before
 from .versions import barrier, load_box, reinterpret
@@ -25,7 +27,7 @@ from .warp_sums import sum_of_warps
 
 @gluon.jit(do_not_specialize=["M"])
 def mxfp8_linear_narrow(
-    x,  # TMA descriptor, [K / 64, M, 64], boxes of [2 * WARPS, ROWS, 64]
+    x,  # TMA descriptor, [K / 64, M, 64], boxes of [2 * WARPS, ROWS or fewer, 64]
     elements,  # TMA descriptor, words [block, k6, r6, k5, r5 and lower bits], boxes of [WARPS, 2, 1, 2, 256]
     scales,  # TMA descriptor, [blocks, 132, 32] int32, boxes of [WARPS, 1, 32]
     packed,  # pointer to the packed weight: see mxfp8_ops.packing
@@ -34,14 +36,15 @@ def mxfp8_linear_narrow(
     M,
     N,
     K,  # a multiple of 128
-    ROWS: gl.constexpr,  # 8 or 16, at least M
+    ROWS: gl.constexpr,  # 8, 16 or 32, at least M
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     FOR_FLOAT16: gl.constexpr,  # the weight was packed for x of float16
     HAS_BIAS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = out.dtype.element_ty
-    x_stages = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * WARPS, ROWS, 64], x.layout)
+    BOX: gl.constexpr = x.block_type.shape[1]
+    x_stages = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS // BOX * 2 * WARPS, BOX, 64], x.layout)
     element_stages = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, 2, 1, 2, 256], elements.layout)
     scale_stages = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, 1, 32], scales.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -55,7 +58,7 @@ def mxfp8_linear_narrow(
             mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     wait_for_kernel_before()
-    source = (x, elements, scales)
+    source = (x, elements, scales, M)
     stages = (x_stages, element_stages, scale_stages, full, empty)
     blocks = K // 128
     result = (packed, bias, out, M, N, K)
@@ -90,19 +93,23 @@ def _load(source, stages, blocks):
 @gluon.jit
 def _fill(source, stages, turn, stage, blocks):
     """Has TMA fill a stage with a turn, if there is such a turn."""
-    x, elements, scales = source
+    x, elements, scales, M = source
     x_stages, element_stages, scale_stages, full, _ = stages
     WARPS: gl.constexpr = element_stages.shape[1]
-    ROWS: gl.constexpr = x_stages.shape[2]
+    BOXES: gl.constexpr = x_stages.shape[1] // (2 * WARPS)
+    BOX: gl.constexpr = x_stages.shape[2]
     first = turn * WARPS
     there = first < blocks
     tile = gl.program_id(0)  # of 32 rows, four in a block
     block = tile // 4 * blocks + first
     ready = full.index(stage)
-    mbarrier.expect(ready, WARPS * (ROWS * 256 + 32 * 128 + 32 * 4), pred=there)
+    mbarrier.expect(ready, WARPS * (BOXES * BOX * 256 + 32 * 128 + 32 * 4), pred=there)
     load_box(scales, [block, 128 + tile % 4, 0], ready, scale_stages.index(stage), pred=there)
     load_box(elements, [block, 0, tile % 4 // 2, 0, tile % 2 * 256], ready, element_stages.index(stage), pred=there)
-    load_box(x, [first * 2, 0, 0], ready, x_stages.index(stage), pred=there)
+    for i in gl.static_range(BOXES):
+        row = gl.minimum(i * BOX, gl.maximum(M - BOX, 0))
+        rows = x_stages.index(stage).slice(i * 2 * WARPS, 2 * WARPS)
+        load_box(x, [first * 2, row, 0], ready, rows, pred=there)
 
 
 @gluon.jit
@@ -111,7 +118,7 @@ def _consume(source, stages, result, blocks, config: gl.constexpr):
     packed, bias, out, M, N, K = result
     FOR_FLOAT16: gl.constexpr = config[0]
     HAS_BIAS: gl.constexpr = config[1]
-    ROWS: gl.constexpr = stages[0].shape[2]
+    BOX: gl.constexpr = stages[0].shape[2]
     if needs_exact(packed, N, K, out.dtype.element_ty):
         total = _products(source, stages, blocks, FOR_FLOAT16, True)
     else:
@@ -119,10 +126,10 @@ def _consume(source, stages, result, blocks, config: gl.constexpr):
     total = sum_of_warps(total)
     LAYOUT: gl.constexpr = total.type.layout
     n = gl.program_id(0) * 32 + places_along(32, 0, 2, LAYOUT)
-    m = places_along(ROWS, 1, 2, LAYOUT)
+    m, wanted = rows_of_result(places_along(total.shape[1], 1, 2, LAYOUT), 0, M, BOX)
     if HAS_BIAS:
         total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
-    gl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
+    gl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=wanted & (n < N))
 
 
 @gluon.jit
@@ -131,7 +138,7 @@ def _products(source, stages, blocks, FOR_FLOAT16: gl.constexpr, EXACT: gl.const
     x_stages, element_stages, scale_stages, full, empty = stages
     STAGES: gl.constexpr = element_stages.shape[0]
     WARPS: gl.constexpr = element_stages.shape[1]
-    ROWS: gl.constexpr = x_stages.shape[2]
+    ROWS: gl.constexpr = x_stages.shape[1] // (2 * WARPS) * x_stages.shape[2]
     DTYPE: gl.constexpr = x_stages.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     total = gl.zeros([WARPS, 32, ROWS], gl.float32, MMA)
@@ -142,7 +149,7 @@ def _products(source, stages, blocks, FOR_FLOAT16: gl.constexpr, EXACT: gl.const
         mbarrier.wait(full.index(stage), phase)
         elements, scales = element_stages.index(stage), scale_stages.index(stage)
         weight = _weight(elements, scales, blocks - turn * WARPS, MMA, DTYPE, FOR_FLOAT16, EXACT)
-        total = mma_v2(weight, _rows(x_stages.index(stage), MMA), total)
+        total = mma_v2(weight, _rows(x_stages.index(stage), WARPS, MMA), total)
         if WARPS > 1:
             mbarrier.arrive(empty.index(stage))
         elif turn + STAGES < turns:
@@ -153,16 +160,16 @@ def _products(source, stages, blocks, FOR_FLOAT16: gl.constexpr, EXACT: gl.const
 
 
 @gluon.jit
-def _rows(stage, MMA: gl.constexpr):
-    """Operand B ``[WARPS, 128, ROWS]``."""
-    WARPS: gl.constexpr = stage.shape[0] // 2
-    ROWS: gl.constexpr = stage.shape[1]
+def _rows(stage, WARPS: gl.constexpr, MMA: gl.constexpr):
+    """Operand B ``[WARPS, 128, rows]``."""
+    BOX: gl.constexpr = stage.shape[1]
+    BOXES: gl.constexpr = stage.shape[0] // (2 * WARPS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    HALVES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
-    any_rows = gl.full([WARPS, 128, ROWS], 0, gl.int16, OPERAND)
-    ROW: gl.constexpr = gl.reshape(any_rows, [WARPS, 2, 64, ROWS]).type.layout
-    rows = reinterpret(stage, stage.dtype, [WARPS, 2, ROWS, 64], HALVES).permute((0, 1, 3, 2)).load(ROW)
-    return gl.convert_layout(gl.reshape(rows, [WARPS, 128, ROWS]), OPERAND, assert_trivial=True)
+    PLACES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 5)
+    any_rows = gl.full([WARPS, 128, BOXES * BOX], 0, gl.int16, OPERAND)
+    ROW: gl.constexpr = gl.reshape(any_rows, [WARPS, 2, 64, BOXES, BOX]).type.layout
+    rows = reinterpret(stage, stage.dtype, [BOXES, WARPS, 2, BOX, 64], PLACES).permute((1, 2, 4, 0, 3)).load(ROW)
+    return gl.convert_layout(gl.reshape(rows, [WARPS, 128, BOXES * BOX]), OPERAND, assert_trivial=True)
 
 
 @gluon.jit

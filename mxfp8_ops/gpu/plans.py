@@ -8,7 +8,7 @@ first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the sa
   beginning with what had been fitted to some 12000 times of earlier kernels, of 44 shapes up to 151936x2048. Its choice
   took 1.002 times as long as the fastest plan on average, 1.11 at worst; for sixths of the shapes without which it was
   fitted 1.004 times on average, 1.26 at worst.
-- For up to 16 rows and packed weights there are other kernels, too: see ``plans_few``.
+- For up to 32 rows and packed weights there are other kernels, too: see ``plans_few``.
 """
 
 from __future__ import annotations

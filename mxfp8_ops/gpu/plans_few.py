@@ -11,9 +11,9 @@ The tables were fitted to times of H200s (132 multiprocessors): first of all so 
   first make room for each other, and kinds differ in how much. For up to four rows the model's choice took 1.005 times
   as long as the fastest of 17 kinds on average, 1.09 times at worst. For quarters of the shapes without which it was
   fitted 1.01 on average.
-- ``narrow``: with 8 and 16 rows and weights of 29 shapes, from 1024x4096 to 8192x28672 and 65536x2048. Of all plans,
-  those of other kernels, too, the model's choice took 1.011 times as long as the fastest one on average with 8 rows,
-  1.10 at worst, and 1.004 and 1.04 with 16.
+- ``narrow``: with 8, 16 and 32 rows and weights of some 28 shapes, from 1024x4096 to 8192x28672 and 65536x2048. Of all
+  plans, those of other kernels, too, the model's choice took 1.011 times as long as the fastest one on average with 8
+  rows, 1.10 at worst, 1.004 and 1.04 with 16, 1.004 and 1.05 with 32.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Direct:
 
 @dataclass(frozen=True)
 class Narrow:
-    """The kernel in ``narrow``: rows of x (8 or 16), warps of a program, stages."""
+    """The kernel in ``narrow``: rows of x (8, 16 or 32), warps of a program, stages."""
 
     rows: int
     warps: int
@@ -72,6 +72,13 @@ class Narrow:
     def together(self) -> int:
         """Blocks of K that a program takes in a turn."""
         return self.warps
+
+    @property
+    def box(self) -> int:
+        """Rows of x in a copy: half of them, so that all are there even if x has just more than half, but not less than
+        8, after which the order in shared memory repeats. A single warp has no time for a second copy.
+        """
+        return self.rows if self.warps == 1 else max(self.rows // 2, 8)
 
     def programs(self, n: int) -> int:
         """For so many outputs."""
@@ -132,8 +139,9 @@ NARROW: dict[Narrow, Cost] = {
     Narrow(8, 1, 4): Cost(2.1529, 0.862, 0.3808, 0.1295),
     Narrow(16, 4, 4): Cost(1.6079, 1.6311, 0.3633, 0.1193),
     Narrow(16, 1, 4): Cost(2.9747, 0.3985, 0.418, 0.1355),
+    Narrow(32, 4, 4): Cost(1.5033, 1.9182, 0.4913, 0.1183),
 }
-"""For 5 to 16."""
+"""For 5 to 32."""
 
 COSTS = dict[Few, Cost]([*FOUR.items(), *EIGHT.items(), *NARROW.items()])
 
@@ -157,8 +165,8 @@ def directs(m: int, k: int) -> list[Direct]:
 
 
 def narrows(m: int, k: int) -> Iterator[Narrow]:
-    """The kinds for so many rows, 5 to 16, where K is cut into whole blocks."""
-    rows = 8 if m <= 8 else 16
+    """The kinds for so many rows, 5 to 32, where K is cut into whole blocks."""
+    rows = 8 if m <= 8 else 16 if m <= 16 else 32
     return (kind for kind in NARROW if kind.rows == rows and 4 < m <= rows and k % 128 == 0)
 
 
