@@ -91,6 +91,14 @@ def test_the_plan_is_the_candidate_that_the_model_finds_fastest(processors: int,
         assert all(time(chosen) <= time(each) for each in found)
 
 
+def test_narrow_takes_9_to_32_rows_if_its_tiles_are_as_many_as_multiprocessors() -> None:
+    """Up to 32: to end at 16 made 17 rows take 1.3 times as long."""
+    for m in range(9, 33):
+        assert isinstance(plan(m, 4096, 4096, 132), Narrow)
+        assert isinstance(plan(m, 132 * 32, 4096, 132), Narrow)
+        assert isinstance(plan(m, 133 * 32, 4096, 132), Skinny)
+
+
 @FORM
 def test_the_model_counts_what_a_chip_does_at_once(packed: bool) -> None:
     """By hand, for kernels of which a multiprocessor runs one program and two."""

@@ -143,16 +143,23 @@ class FakeCuda:
         return event
 
 
-def test_columns_take_turns_and_short_graphs_are_repeated(bench: ModuleType) -> None:
+def test_columns_take_turns_settled_before_and_short_graphs_are_repeated(bench: ModuleType) -> None:
     timing = importlib.import_module("benchmarks.timing")
     cuda = FakeCuda()
     columns = {
         name: [lambda n=name, us=us: cuda.run(n, us)] * 3 for name, us in (("a", 300.0), ("b", 40.0), ("c", 1.0))
     }
-    times = timing.CudaTimer(cuda).interleaved(columns, 4)
+    settled = []
+
+    def settle() -> None:
+        settled.append(len(cuda.replayed))
+        cuda.run("settle", 1000.0)
+
+    times = timing.CudaTimer(cuda, settle).interleaved(columns, 4)
     assert times == {"a": [300.0] * 4, "b": pytest.approx([40.0] * 4), "c": pytest.approx([1.0] * 4)}
     assert cuda.captures == 5  # b and c again: 5 and 32 times
     assert "".join(cuda.replayed[-15:]) == "abc" * 5
+    assert settled == list(range(len(cuda.replayed) - 12, len(cuda.replayed)))  # before each, on nobody's time
 
 
 def test_what_runs_for_long_is_timed_when_the_device_has_become_slower(bench: ModuleType) -> None:

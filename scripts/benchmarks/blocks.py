@@ -14,9 +14,10 @@ from torch._dynamo.utils import counters
 import mxfp8_ops
 
 from . import compiled
+from .devices import cuda_timer
 from .model_options import CHAINED, MODES, ModelOptions
 from .options import Record
-from .timing import CudaTimer, summary
+from .timing import summary
 
 SIZE = 4096
 
@@ -70,7 +71,7 @@ def eager_times(packed: Any, canonical: Any, x: Tensor, rounds: int) -> dict[str
         "eager packed, alone": [partial(layer, x) for layer in packed.linears],
         "eager canonical, alone": [partial(layer, x) for layer in canonical.linears],
     }
-    times = CudaTimer(torch.cuda).interleaved(columns, rounds)
+    times = cuda_timer().interleaved(columns, rounds)
     return {name: round(summary(each)["us"], 3) for name, each in times.items()}
 
 

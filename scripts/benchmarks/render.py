@@ -113,7 +113,8 @@ def _method(run: Record) -> Iterator[str]:
     options = run["options"]
     yield f"Medians over {options['replays']} replays of CUDA graphs, in which a call rotates through weights (and"
     yield "results) that together are larger than any cache. What stands in one row was measured in turns: all graphs"
-    yield "once, then all again. The spread is the largest interquartile range of a row, in percent of its median."
+    yield "once, then all again. Before each, the cache is read full, so that what the one before has written is in"
+    yield "memory by then. The spread is the largest interquartile range of a row, in percent of its median."
     yield "A cache keeps a little of the weights even so, where loads are to be evicted first and so make room for"
     yield "each other: README says how much that is worth."
     yield ""

@@ -69,10 +69,12 @@ class CudaTimer:
 
     Args:
         cuda: the module ``torch.cuda``.
+        settle: what is done before each column, on nobody's time.
     """
 
-    def __init__(self, cuda: Any) -> None:
+    def __init__(self, cuda: Any, settle: Call = lambda: None) -> None:
         self._cuda = cuda
+        self._settle = settle
         self._stream = cuda.Stream()
 
     def interleaved(self, columns: Mapping[str, Calls], replays: int) -> dict[str, list[float]]:
@@ -91,7 +93,7 @@ class CudaTimer:
             }
             for graph in longer.values():
                 graph.replay()
-            rounds = [{name: self._replay(graph) for name, graph in longer.items()} for _ in range(replays)]
+            rounds = [{name: self._settled(graph) for name, graph in longer.items()} for _ in range(replays)]
             self._cuda.synchronize()
         times = {
             name: [_microseconds(*events[name]) / len(calls) / rotations[name] for events in rounds]
@@ -152,6 +154,10 @@ class CudaTimer:
         events = self._replay(graph)
         self._cuda.synchronize()
         return _microseconds(*events)
+
+    def _settled(self, graph: Any) -> tuple[Any, Any]:
+        self._settle()
+        return self._replay(graph)
 
     def _replay(self, graph: Any) -> tuple[Any, Any]:
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
