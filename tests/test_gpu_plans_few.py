@@ -31,6 +31,14 @@ def test_kinds_of_tiles_of_32_are_offered_for_5_to_32_rows_and_whole_blocks() ->
         assert not list(narrows(m, 1024 + 32))
 
 
+def test_from_9_rows_on_several_warps_load_no_row_that_x_lacks() -> None:
+    """For which TMA takes several times as long as for one that it has: boxes are moved up instead."""
+    for m in range(9, 33):
+        boxes = {kind.box: kind.rows for kind in narrows(m, 1024) if kind.warps > 1}
+        assert boxes
+        assert all(box <= m <= rows == 2 * box for box, rows in boxes.items())
+
+
 def outputs(kind: Few) -> int:
     """Of a program."""
     return 8 * kind.tiles if isinstance(kind, Direct) else 32

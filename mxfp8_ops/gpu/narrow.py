@@ -5,9 +5,9 @@ warps stand along K: in a turn each takes a block of 128 elements, and their sum
 blocks of a turn, and what x has for them, to shared memory, as many turns ahead as there are stages.
 
 Starting a copy takes a whole program a moment, with a barrier for all its warps. So one warp more only loads, and few
-copies bring a turn: all elements, all scales, half of the rows of x and the other half, for which rows that x lacks are
-others once more: see ``heights``. The first turn is loaded before that warp has begun. Where a program is a single
-warp, many of which run at once, that warp loads for itself.
+copies bring a turn: all elements, all scales, and the rows of x in two boxes, of which the second is moved up where x
+has fewer rows, as in ``heights``. The first turn is loaded before that warp has begun. Where a program is a single
+warp, many of which run at once, that warp loads for itself, and x in one box.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .warp_sums import sum_of_warps
 
 @gluon.jit(do_not_specialize=["M"])
 def mxfp8_linear_narrow(
-    x,  # TMA descriptor, [K / 64, M, 64], boxes of [2 * WARPS, ROWS or fewer, 64]
+    x,  # TMA descriptor, [K / 64, M, 64], boxes of [2 * WARPS, ROWS or half of them, 64]
     elements,  # TMA descriptor, words [block, k6, r6, k5, r5 and lower bits], boxes of [WARPS, 2, 1, 2, 256]
     scales,  # TMA descriptor, [blocks, 132, 32] int32, boxes of [WARPS, 1, 32]
     packed,  # pointer to the packed weight: see mxfp8_ops.packing
@@ -96,7 +96,8 @@ def _fill(source, stages, turn, stage, blocks):
     x, elements, scales, M = source
     x_stages, element_stages, scale_stages, full, _ = stages
     WARPS: gl.constexpr = element_stages.shape[1]
-    BOXES: gl.constexpr = x_stages.shape[1] // (2 * WARPS)
+    HALVES: gl.constexpr = 2 * WARPS  # of blocks, in a turn
+    BOXES: gl.constexpr = x_stages.shape[1] // HALVES
     BOX: gl.constexpr = x_stages.shape[2]
     first = turn * WARPS
     there = first < blocks
@@ -108,8 +109,7 @@ def _fill(source, stages, turn, stage, blocks):
     load_box(elements, [block, 0, tile % 4 // 2, 0, tile % 2 * 256], ready, element_stages.index(stage), pred=there)
     for i in gl.static_range(BOXES):
         row = gl.minimum(i * BOX, gl.maximum(M - BOX, 0))
-        rows = x_stages.index(stage).slice(i * 2 * WARPS, 2 * WARPS)
-        load_box(x, [first * 2, row, 0], ready, rows, pred=there)
+        load_box(x, [first * 2, row, 0], ready, x_stages.index(stage).slice(i * HALVES, HALVES), pred=there)
 
 
 @gluon.jit
@@ -138,7 +138,7 @@ def _products(source, stages, blocks, FOR_FLOAT16: gl.constexpr, EXACT: gl.const
     x_stages, element_stages, scale_stages, full, empty = stages
     STAGES: gl.constexpr = element_stages.shape[0]
     WARPS: gl.constexpr = element_stages.shape[1]
-    ROWS: gl.constexpr = x_stages.shape[1] // (2 * WARPS) * x_stages.shape[2]
+    ROWS: gl.constexpr = x_stages.shape[1] * x_stages.shape[2] // (2 * WARPS)
     DTYPE: gl.constexpr = x_stages.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     total = gl.zeros([WARPS, 32, ROWS], gl.float32, MMA)
