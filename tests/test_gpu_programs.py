@@ -35,7 +35,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     gluon.umulhi = lambda one, other: one * other >> 32
     for module in (heights, tiles):
         monkeypatch.setattr(module, "gl", gluon)
-    monkeypatch.setattr(heights, "_load_boxes", heights._load_boxes.fn)
+    for name in ("_load_boxes", "moved_up"):
+        monkeypatch.setattr(heights, name, getattr(heights, name).fn)
     monkeypatch.setattr(tiles, "_divided_by_few", tiles._divided_by_few.fn)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
     monkeypatch.setattr(tiles, "part_begins", partial_sums.part_begins.fn)

@@ -81,15 +81,20 @@ def _load_boxes(x, row, M, k, ready, piece):
     ROWS: gl.constexpr = piece.shape[0]
     BOX: gl.constexpr = x.block_type.shape[0]
     for first in gl.static_range(0, ROWS, BOX):
-        at = gl.minimum(row + first, gl.maximum(M - BOX, 0))
-        load_box(x, [at, k], ready, piece.slice(first, BOX))
+        load_box(x, [moved_up(row + first, M, BOX), k], ready, piece.slice(first, BOX))
+
+
+@gluon.jit
+def moved_up(row, M, BOX: gl.constexpr):
+    """The row of x with which a box begins that should begin with ``row``: as many rows before the end at least."""
+    return gl.minimum(row, gl.maximum(M - BOX, 0))
 
 
 @gluon.jit
 def rows_of_result(m, row, M, BOX: gl.constexpr):
     """Which row of the result each row ``m`` of a tile is that begins with ``row``, and whether it is to be stored."""
     first = row + m // BOX * BOX
-    moved = gl.minimum(first, gl.maximum(M - BOX, 0)) + m % BOX
+    moved = moved_up(first, M, BOX) + m % BOX
     return moved, (moved >= first) & (moved < M)
 
 

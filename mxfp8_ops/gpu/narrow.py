@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .fragments import halves, needs_exact, one_scale, scaled, separate
-from .heights import rows_of_result
+from .heights import moved_up, rows_of_result
 from .places import places_along
 from .tiles import LOADER_REGISTERS, advance, wait_for_kernel_before
 from .versions import barrier, load_box, reinterpret
@@ -108,7 +108,7 @@ def _fill(source, stages, turn, stage, blocks):
     load_box(scales, [block, 128 + tile % 4, 0], ready, scale_stages.index(stage), pred=there)
     load_box(elements, [block, 0, tile % 4 // 2, 0, tile % 2 * 256], ready, element_stages.index(stage), pred=there)
     for i in gl.static_range(BOXES):
-        row = gl.minimum(i * BOX, gl.maximum(M - BOX, 0))
+        row = moved_up(i * BOX, M, BOX)
         load_box(x, [first * 2, row, 0], ready, x_stages.index(stage).slice(i * HALVES, HALVES), pred=there)
 
 

@@ -25,8 +25,6 @@ from .weight import Weight, random_weight
 
 DEPENDENT_ROWS = 64
 """Up to so many rows of x dependent launches are measured: with more, kernels take long."""
-READ_BYTES = 256 << 20
-"""More than any cache holds."""
 
 
 class Device(ABC):
@@ -94,10 +92,10 @@ class Device(ABC):
 
 
 def cuda_timer() -> CudaTimer:
-    """Before each column it reads more than a cache holds: else the cache would still hold what the column before has
+    """Before each column it reads more than caches hold: else the cache would still hold what the column before has
     written, and write it to memory on the time of this one. A reader that follows an emulation took 4 % longer so.
     """
-    return CudaTimer(torch.cuda, torch.zeros(READ_BYTES // 4, dtype=torch.int32, device="cuda").sum)
+    return CudaTimer(torch.cuda, torch.zeros(Cuda.rotated_bytes // 4, dtype=torch.int32, device="cuda").sum)
 
 
 class Cuda(Device):
