@@ -16,8 +16,9 @@ import triton
 from compiling import DTYPES
 from torch import Tensor
 
-from mxfp8_ops.gpu import canonical, direct, fragments
+from mxfp8_ops.gpu import canonical, direct, fragments, lanes
 from mxfp8_ops.gpu import places as numbers
+from mxfp8_ops.gpu import row as single
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 
@@ -88,13 +89,21 @@ def swizzled_pairs(swizzle: int, bits: int, rank: int) -> list[list[int]]:
 # --- kernels as functions of Python ---------------------------------------------------------------------------------
 
 
+class Layout:
+    """Any layout: on the CPU there is none."""
+
+    parent = None
+
+
 class Array(torch.Tensor):
     """A tensor of Gluon on the CPU: ``+=`` makes another one."""
 
-    type = SimpleNamespace(layout=None)
+    type = SimpleNamespace(layout=Layout())
     __iadd__ = torch.Tensor.__add__
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Array:
+        if dtype == torch.uint32:  # which torch.Tensor can do little with
+            return super().to(torch.int64) & 0xFFFFFFFF
         return self.view(dtype) if bitcast else super().to(dtype)
 
 
@@ -104,6 +113,8 @@ def array(tensor: Tensor) -> Array:
 
 class Pointer:
     """A pointer to a tensor's memory, or pointers. Reading or writing outside of the memory raises."""
+
+    type = SimpleNamespace(layout=Layout())
 
     def __init__(self, memory: Tensor, places: Any = 0) -> None:
         self.memory, self.places = memory, places
@@ -150,29 +161,33 @@ class Kept:
     def load(self, _: object) -> Array:
         return self.value
 
+    def slice(self, start: int, length: int) -> SimpleNamespace:
+        return SimpleNamespace(load=lambda _: self.value[start : start + length])
+
 
 def _assembly(text: str, constraints: str, args: list[Array | int], *_: Any) -> Any:
     """Executes PTX."""
     outputs = constraints.count("=")
     given = (arg if isinstance(arg, Tensor) else torch.tensor(arg, dtype=torch.int32) for arg in args)
     values = {f"${outputs + i}": array(arg).contiguous() for i, arg in enumerate(torch.broadcast_tensors(*given))}
-    for statement in text.removeprefix("{\n").removesuffix("}").split(";"):
+    for statement in text.removeprefix("{").removesuffix("}").split(";"):
         name, _, operands = statement.strip().partition(" ")
-        if name in ("", ".reg"):
+        if name in ("", ".reg", "bar.warp.sync"):
             continue
         into, *sources = re.findall(r"\{[^}]*\}|[^\s,]+", operands)
         result = _instruction(name, [_operand(values, source) for source in sources])
         halves = re.findall(r"[^{},\s]+", into)
         parts = [result] if len(halves) == 1 else result.view(torch.int16).unflatten(-1, (-1, 2)).unbind(-1)
         values |= {half: array(part) for half, part in zip(halves, parts, strict=True)}
-    found = tuple(values[f"${i}"] for i in range(outputs))
+    kinds = constraints.split(",")[:outputs]
+    found = tuple(values[f"${i}"].view(torch.float32) if "f" in kinds[i] else values[f"${i}"] for i in range(outputs))
     return found if outputs > 1 else found[0]
 
 
 def _operand(values: dict[str, Tensor], name: str) -> Tensor:
     """A register, or two of 16 bits in braces as one, the first in its lower half; or a number."""
-    if name.isdecimal():
-        return torch.tensor(int(name), dtype=torch.int32)
+    if name[0].isdecimal():
+        return torch.tensor(int(name, 0)).to(torch.int32)
     if not name.startswith("{"):
         return values[name]
     return torch.stack([values[half] for half in re.findall(r"[^{},\s]+", name)], -1).view(torch.int32).squeeze(-1)
@@ -181,6 +196,11 @@ def _operand(values: dict[str, Tensor], name: str) -> Tensor:
 def _instruction(name: str, args: list[Tensor]) -> Tensor:
     if name == "mov.b32":
         return args[0]
+    if name in ("shl.b32", "shr.u32"):
+        one, by = (arg.long() for arg in args)
+        return (one << by if name == "shl.b32" else (one & 0xFFFFFFFF) >> by).to(torch.int32)
+    if name == "and.b32":
+        return args[0] & args[1]
     if name == "prmt.b32":  # four bytes, each chosen by its number among the eight of two words
         one, other, numbers = torch.broadcast_tensors(*args)
         found = torch.stack([one, other], -1).view(torch.uint8)
@@ -214,11 +234,14 @@ GLUON: dict[str, Any] = {
     "store": lambda pointer, value, **options: pointer.store(value, **options),
     "arange": lambda first, end, layout=None: array(torch.arange(first, end, dtype=torch.int32)),
     "full": lambda shape, value, dtype, layout: array(torch.full(shape, value, dtype=dtype)),
-    "zeros": lambda shape, dtype, layout: array(torch.zeros(shape, dtype=dtype)),
+    "zeros": lambda shape, dtype, layout: array(torch.zeros(shape)).to(dtype),
+    "zeros_like": torch.zeros_like,
     "minimum": lambda one, other: torch.minimum(torch.as_tensor(one), torch.as_tensor(other)),
     "maximum": lambda one, other: torch.maximum(torch.as_tensor(one), torch.as_tensor(other)),
     "where": torch.where,
+    "abs": torch.abs,
     "sum": torch.sum,
+    "max": torch.amax,
     "reshape": torch.reshape,
     "permute": torch.permute,
     "expand_dims": torch.unsqueeze,
@@ -229,6 +252,8 @@ GLUON: dict[str, Any] = {
     "inline_asm_elementwise": _assembly,
     "static_range": range,
     "allocate_shared_memory": lambda dtype, shape, layout: Kept(),
+    "BlockedLayout": _without_layout,
+    "SwizzledSharedLayout": _without_layout,
     "SharedLinearLayout": lambda bases, blocks=(), alignment=16: bases,
     "DistributedLinearLayout": _without_layout,
     "NVMMASharedLayout": lambda *arguments: swizzled_pairs(*arguments),
@@ -240,6 +265,7 @@ GLUON: dict[str, Any] = {
     "int16": torch.int16,
     "int32": torch.int32,
     "int64": torch.int64,
+    "uint32": torch.uint32,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -259,14 +285,18 @@ def in_python(monkeypatch: pytest.MonkeyPatch, module: ModuleType, gluon: Simple
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """``fragments``, ``canonical`` and ``direct`` as functions of Python, and the Gluon that they then use."""
+    """``fragments``, ``canonical``, ``direct`` and ``row`` as functions of Python, and the Gluon that they then use."""
     gluon = SimpleNamespace(**GLUON)
-    for module in (fragments, canonical, numbers, direct):
+    for module in (fragments, canonical, numbers, lanes, direct, single):
         in_python(monkeypatch, module, gluon)
-    for name in ("places_along", "_any_words", "_any_scales", "_any_pairs"):  # the same in every program
-        monkeypatch.setattr(direct, name, functools.cache(getattr(direct, name)))
+    for name in ("places_along", "any_words", "any_scales", "any_pairs"):  # the same in every program
+        cached = functools.cache(getattr(lanes, name))
+        for module in (lanes, direct, single):
+            monkeypatch.setattr(module, name, cached, raising=False)
     for module in (fragments, canonical):
         monkeypatch.setattr(module, "reinterpret", Shared.reinterpret)
-    monkeypatch.setattr(direct, "wait_for_kernel_before", lambda: None)
-    monkeypatch.setattr(direct, "mma_v2", lambda one, other, total: total + torch.bmm(one.float(), other.float()))
+    for module in (direct, single):
+        monkeypatch.setattr(module, "wait_for_kernel_before", lambda: None)
+        monkeypatch.setattr(module, "mma_v2", lambda one, other, total: total + torch.bmm(one.float(), other.float()))
+    monkeypatch.setattr(single, "barrier", lambda: None)
     return gluon

@@ -20,7 +20,7 @@ pytest.importorskip("triton.experimental.gluon")
 from compiling import check_loops, check_waits, compiled_at_an_end, one_code_a_row, what_codes_mean
 from simulating import DTYPE, DTYPES, Pointer, places, simulate
 
-from mxfp8_ops.gpu import direct, plans_few
+from mxfp8_ops.gpu import direct, lanes, plans_few
 from mxfp8_ops.gpu.plans_few import Direct
 
 KINDS = [*plans_few.FOUR, *plans_few.EIGHT]
@@ -48,15 +48,15 @@ def test_sums_of_warps_are_stored_and_read_without_bank_conflicts(kind: Direct) 
     """A lane of the matrix instruction stores two sums next to each other, so 16 lanes at a time, and reads one."""
     sizes = kind.rows, kind.tiles, kind.warps
     shape = (kind.warps, kind.tiles * 16, kind.rows * 2)
-    place = places(direct._sums_in_memory.fn(*sizes).offset_bases, shape)
+    place = places(lanes._sums_in_memory.fn(*sizes).offset_bases, shape)
     for warp in range(kind.warps):
         for row in range(0, shape[1], 4):
             for column in range(0, shape[2], 8):
                 together = place[warp, row : row + 4, column : column + 8].flatten()
                 assert len((together % 32).unique()) == 32
-    lanes = direct._sums_in_lanes.fn(*sizes)
-    for others in combinations(lanes.reg_bases + lanes.warp_bases):
-        together = [place[added(others, lane)] for lane in combinations(lanes.lane_bases)]
+    found = lanes._sums_in_lanes.fn(*sizes)
+    for others in combinations(found.reg_bases + found.warp_bases):
+        together = [place[added(others, lane)] for lane in combinations(found.lane_bases)]
         assert len({int(at) % 32 for at in together}) == 32
 
 
@@ -64,14 +64,14 @@ def test_sums_of_warps_are_stored_and_read_without_bank_conflicts(kind: Direct) 
 def test_every_sum_is_read_once_and_both_groups_and_all_warps_of_it_by_lanes_that_exchange_it(
     kind: Direct,
 ) -> None:
-    lanes = direct._sums_in_lanes.fn(kind.rows, kind.tiles, kind.warps)
+    found = lanes._sums_in_lanes.fn(kind.rows, kind.tiles, kind.warps)
     every = {
-        added(a, b) for a in combinations(lanes.reg_bases + lanes.warp_bases) for b in combinations(lanes.lane_bases)
+        added(a, b) for a in combinations(found.reg_bases + found.warp_bases) for b in combinations(found.lane_bases)
     }
     assert len(every) == kind.warps * kind.tiles * 16 * kind.rows * 2
-    assert lanes.reg_bases[:2] == [[0, 4, 0], [0, 0, 4]]  # k5 of the weight's row and of x's column
+    assert found.reg_bases[:2] == [[0, 4, 0], [0, 0, 4]]  # k5 of the weight's row and of x's column
     warps = kind.warps.bit_length() - 1
-    assert lanes.lane_bases[:warps] == [[1 << i, 0, 0] for i in range(warps)]
+    assert found.lane_bases[:warps] == [[1 << i, 0, 0] for i in range(warps)]
 
 
 def combinations(bases: list[list[int]]) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ from planning import CHIP, EDGES, FORM, PARTIAL, K, N, columns, split_of, tiles_
 from mxfp8_ops.gpu import hopper, plans, plans_few, tune
 from mxfp8_ops.gpu.counts import REGISTERS
 from mxfp8_ops.gpu.plans import Plan, Skinny, Wide, candidates, microseconds, plan
-from mxfp8_ops.gpu.plans_few import Direct, Narrow
+from mxfp8_ops.gpu.plans_few import Direct, Narrow, Row
 
 
 def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
@@ -30,7 +30,10 @@ def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
     problem = f"{chosen} for {m} rows by [{n}, {k}]"
     if isinstance(chosen, Direct):
         assert packed, problem
-        assert m <= chosen.rows in (4, 8), problem
+        assert m <= chosen.rows in (1, 4, 8), problem
+        if isinstance(chosen, Row):
+            assert k % (128 * chosen.together) == 0, problem
+            assert k <= 16384, problem  # turns are written out
         assert chosen.warps in (2, 4, 8, 16), problem
         assert chosen.registers * chosen.warps * 32 <= REGISTERS, problem
         return
@@ -81,11 +84,12 @@ def test_parts_of_every_candidate_take_bounded_memory(processors: int, packed: b
 @FORM
 @CHIP
 def test_the_plan_is_the_candidate_that_the_model_finds_fastest(processors: int, packed: bool) -> None:
-    """Of all, or of those of ``direct`` for up to four rows of x and a packed weight."""
+    """Of all, or of those of ``direct`` for up to four rows of x and a packed weight, or of ``row`` where there are."""
     for n, k, m in itertools.product(N, K[packed], (*range(1, 131, 3), *EDGES)):
         chosen, found = plan(m, n, k, processors, packed), candidates(m, n, k, processors, packed)
         if packed and m <= 4:
             found = [each for each in found if isinstance(each, Direct)]
+            found = [each for each in found if isinstance(each, Row)] or found
         assert chosen in found
         time = functools.partial(microseconds, m=m, n=n, k=k, processors=processors, packed=packed)
         assert all(time(chosen) <= time(each) for each in found)

@@ -6,7 +6,20 @@ import math
 
 import pytest
 
-from mxfp8_ops.gpu.plans_few import COSTS, EIGHT, FOUR, NARROW, Cost, Direct, Few, directs, microseconds, narrows
+from mxfp8_ops.gpu.plans_few import (
+    COSTS,
+    EIGHT,
+    FOUR,
+    NARROW,
+    ROW,
+    Cost,
+    Direct,
+    Few,
+    directs,
+    microseconds,
+    narrows,
+    single_rows,
+)
 
 
 @pytest.mark.parametrize(("kinds", "rows"), [(FOUR, (1, 2, 3, 4)), (EIGHT, (5, 6, 7, 8))], ids=["four", "eight"])
@@ -21,6 +34,15 @@ def test_kinds_are_offered_if_three_quarters_of_their_warps_have_work(
             assert found == [kind for kind in kinds if 3 * taken[kind] <= 4 * blocks or taken[kind] == least]
             assert found
     assert directs(rows[0], 10**6) == list(kinds)
+
+
+def test_kinds_for_one_row_are_offered_where_k_is_whole_turns_and_x_is_short() -> None:
+    longest = {kind: 8192 if kind.warps == 4 else 16384 for kind in ROW}  # of nine programs at once, or less
+    for groups in range(1, 700):
+        whole = [kind for kind in ROW if groups % (4 * kind.warps * kind.blocks) == 0]
+        assert single_rows(1, groups * 32) == [kind for kind in whole if groups * 32 <= longest[kind]]
+        assert not single_rows(2, groups * 32)
+    assert single_rows(1, 4096) == single_rows(1, 8192) == list(ROW)
 
 
 def test_kinds_of_tiles_of_32_are_offered_for_5_to_32_rows_and_whole_blocks() -> None:

@@ -16,7 +16,8 @@ from .heights import box_rows
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
 from .plans import Plan, Skinny, Wide, candidates, plan, tiles_of
-from .plans_few import Direct, Narrow
+from .plans_few import Direct, Narrow, Row
+from .row import mxfp8_linear_row
 from .skinny import mxfp8_linear_skinny
 from .tune import best
 from .wide import mxfp8_linear_wide
@@ -85,7 +86,9 @@ def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | Non
         _wide(chosen, x, source, bias, out)
     else:
         assert isinstance(source, Tensor)
-        if isinstance(chosen, Direct):
+        if isinstance(chosen, Row):
+            _row(chosen, x, source, bias, out)
+        elif isinstance(chosen, Direct):
             _direct(chosen, x, source, bias, out)
         else:
             _narrow(chosen, x, source, bias, out)
@@ -98,6 +101,19 @@ def _direct(chosen: Direct, x: Tensor, source: Tensor, bias: Tensor | None, out:
         (chosen.programs(n),),
         (x.view(torch.int32), source, x if bias is None else bias, out, m, n, k),
         (*chosen.constants, k % (128 * chosen.together) != 0, _for_float16(source), bias is not None),
+        num_warps=chosen.warps,
+        maxnreg=chosen.registers,
+        dependent=settings.dependent_launch(),
+    )
+
+
+def _row(chosen: Row, x: Tensor, source: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    n, k = out.shape[1], x.shape[1]
+    launch(
+        mxfp8_linear_row,
+        (chosen.programs(n),),
+        (x.view(torch.int32), source, x if bias is None else bias, out, n),
+        (k, *chosen.constants, _for_float16(source), bias is not None),
         num_warps=chosen.warps,
         maxnreg=chosen.registers,
         dependent=settings.dependent_launch(),

@@ -19,7 +19,7 @@ from typing import ClassVar, TypeAlias
 
 from . import plans_few
 from .counts import divided
-from .plans_few import Direct, Narrow, directs, narrows
+from .plans_few import Direct, Narrow, directs, narrows, single_rows
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,15 @@ SHARE = 8
 
 def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors: the candidate that
-    the model finds fastest. Up to four rows of x and a packed weight are left to ``direct``.
+    the model finds fastest. Up to four rows of x and a packed weight are left to ``row`` and ``direct``.
     """
-    choices = directs(m, k) if packed and m <= 4 else candidates(m, n, k, processors, packed)
+    choices = single_rows(m, k) or directs(m, k) if packed and m <= 4 else candidates(m, n, k, processors, packed)
     return min(choices, key=lambda choice: microseconds(choice, m, n, k, processors, packed))
 
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    few = [*(directs(m, k) if m <= 8 else ()), *narrows(m, k)] if packed else []
+    few = [*single_rows(m, k), *(directs(m, k) if m <= 8 else ()), *narrows(m, k)] if packed else []
     return [*few, *_tiled(m, n, k, processors)]
 
 

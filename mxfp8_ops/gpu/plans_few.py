@@ -1,4 +1,4 @@
-"""How the kernels for few rows of x cut up their work, ``direct`` and ``narrow``: on packed weights.
+"""How the kernels for few rows of x cut up their work, ``row``, ``direct`` and ``narrow``: on packed weights.
 
 A model of their time chooses. A multiprocessor runs some programs at once, and begins the next one when one of them
 ends. As long as there are many, what they take is what their bytes take; where few are left, or many warps share few
@@ -11,6 +11,10 @@ The tables were fitted to times of H200s (132 multiprocessors): first of all so 
   first make room for each other, and kinds differ in how much. For up to four rows the model's choice took 1.005 times
   as long as the fastest of 17 kinds on average, 1.09 times at worst. For quarters of the shapes without which it was
   fitted 1.01 on average.
+- ``row``: with weights of 35 shapes, from 512x2048 to 28672x8192 and 8192x14336. The model's choice took 1.014 times as
+  long as the fastest of eight kinds and what it would choose of ``direct`` on average, 1.05 at worst; and 0.95 times as
+  long as the latter (0.83 to 1.05). So ``direct`` is no choice where there is ``row``: of what both take before they
+  read and after it the model knows too little to compare them.
 - ``narrow``: with 8, 16 and 32 rows and weights of some 28 shapes, from 1024x4096 to 8192x28672 and 65536x2048. Of all
   plans, those of other kernels, too, the model's choice took 1.011 times as long as the fastest one on average with 8
   rows, 1.10 at worst, 1.004 and 1.04 with 16, 1.004 and 1.05 with 32.
@@ -55,6 +59,22 @@ class Direct:
     def at_once(self) -> int:
         """Programs that a multiprocessor runs at the same time."""
         return REGISTERS // (self.registers * 32 * self.warps)
+
+
+@dataclass(frozen=True)
+class Row(Direct):
+    """The kernel in ``row``, for one row of x."""
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return self.tiles, self.warps, self.blocks
+
+    def memory(self, k: int) -> int:
+        """Bytes of shared memory for x that the programs of a multiprocessor take, two for an element of a row whose
+        length is a power of two.
+        """
+        return self.at_once * (2 << (k - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,21 @@ class Cost:
     each: float
 
 
+ROW: dict[Row, Cost] = {
+    Row(1, 1, 16, 2, 64): Cost(2.2532, 0.2019, 0.3321, 0.0312),
+    Row(1, 1, 16, 1, 56): Cost(2.1207, 0.1485, 0.4927, 0.0316),
+    Row(1, 2, 16, 1, 64): Cost(2.2751, 0.3212, 0.7341, 0.0606),
+    Row(1, 1, 8, 2, 56): Cost(2.043, 0.0329, 0.5927, 0.0318),
+    Row(1, 1, 4, 2, 56): Cost(2.0757, 0.03, 0.4934, 0.0323),
+}
+"""For one row, where K is cut into whole turns."""
+
+ROW_K = 16384
+"""The longest row for which ``row`` was measured, all of whose turns are written out."""
+
+ROW_BYTES = 160 * 1024
+"""Of the shared memory of a multiprocessor, which has 227 KiB, that rows of x may take: one for each program."""
+
 FOUR: dict[Direct, Cost] = {
     Direct(4, 1, 16, 2): Cost(1.4168, 0.0658, 1.6882, 0.0384),
     Direct(4, 2, 16, 2): Cost(0.6333, 0.0854, 2.8874, 0.072),
@@ -143,7 +178,7 @@ NARROW: dict[Narrow, Cost] = {
 }
 """For 5 to 32."""
 
-COSTS = dict[Few, Cost]([*FOUR.items(), *EIGHT.items(), *NARROW.items()])
+COSTS = dict[Few, Cost]([*ROW.items(), *FOUR.items(), *EIGHT.items(), *NARROW.items()])
 
 OVERLAP = 4
 """Exponent of the norm of waiting and reading: infinite, and only the longer of the two would count."""
@@ -153,6 +188,13 @@ REST = 0.7
 
 WORKING = 0.75
 """Of a program's warps, which have work at least: kinds with fewer were not measured."""
+
+
+def single_rows(m: int, k: int) -> list[Row]:
+    """The kinds of ``row`` for a problem: none, if there is more than a row, or it is long."""
+    if m > 1 or k > ROW_K:
+        return []
+    return [kind for kind in ROW if k % (128 * kind.together) == 0 and kind.memory(k) <= ROW_BYTES]
 
 
 def directs(m: int, k: int) -> list[Direct]:

@@ -3,9 +3,13 @@
 A program computes four outputs. Its warps stand along K; a lane takes 16 consecutive elements of each of four rows,
 which share its 16 elements of x. All arithmetic is float32, and a sum of 16 products is scaled rather than each
 element. That is the reference's answer unless an element would have been rounded or have become infinite in x's dtype,
-for which the scale is taken for NaN here, or a sum overflows before it is scaled. Where a result is NaN or infinite,
-the program computes its outputs once more, element by element, in a way that takes few registers rather than little
-time: with no more than 64 a lane, eight programs of four warps run at once on a multiprocessor.
+which its scale tells, or a sum overflows before it is scaled. Where a result is NaN or infinite, the program computes
+its outputs once more, element by element, in a way that takes few registers rather than little time: with no more than
+64 a lane, eight programs of four warps run at once on a multiprocessor.
+
+All programs begin at about the same time, so that what they do before their first load and after their last counts as
+much as the loop. K is a constant of the kernel, which makes most of a place part of an instruction; after the last
+product there is one barrier, behind which every warp adds up all results, and stores them before it looks at them.
 
 For chips that convert e4m3 themselves: NVIDIA's from sm_89 on. ``gemv`` does the same in plain Triton, for more rows.
 """
@@ -21,9 +25,11 @@ from .counts import divided
 from .fragments import scale_to_float32
 from .gemv import EXACT_SCALES
 from .launch import launch
+from .places import places_along
 
 _ROWS = gl.constexpr(4)  # outputs of a program
 _WARP = 32 * 16  # elements of K that a warp takes at a time
+_REGISTERS = 64  # of a lane
 _WARPS_AT_ONCE = 32  # on a multiprocessor, by their registers
 
 
@@ -34,13 +40,13 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, proces
     n, k = weight.shape
     out = torch.empty((1, n), dtype=x.dtype, device=x.device)
     warps = warps_along(n, k, processors)
-    ragged = n % _ROWS.value != 0, k % (warps * _WARP) != 0
     launch(
         mxfp8_linear_vector,
         (divided(n, _ROWS.value),),
-        (x.view(torch.int32), weight.view(torch.int32), scale, x if bias is None else bias, out, n, k),
-        (warps, *EXACT_SCALES[x.dtype], bias is not None, *ragged),
+        (x.view(torch.int32), weight.view(torch.int32), scale, x if bias is None else bias, out, n),
+        (k, warps, *EXACT_SCALES[x.dtype], bias is not None, n % _ROWS.value != 0),
         num_warps=warps,
+        maxnreg=_REGISTERS,
     )
     return out
 
@@ -71,6 +77,10 @@ _PAIR_BFLOAT16 = gl.constexpr("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;
 _PAIR_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
 
 
+# A barrier that is none, as a warp's lanes are together; but the assembler moves no loads behind it.
+_LOADS_BEFORE = gl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+
+
 @gluon.jit(do_not_specialize=["N"])
 def mxfp8_linear_vector(
     x,  # pointer [K / 2] int32: two elements in a word
@@ -79,26 +89,30 @@ def mxfp8_linear_vector(
     bias,  # pointer [N], or to anything
     out,  # pointer [N], of x's dtype
     N,
-    K,
+    K: gl.constexpr,
     WARPS: gl.constexpr,
     LOWEST: gl.constexpr,  # scales under which every finite element is exact in x's dtype
     HIGHEST: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    RAGGED_N: gl.constexpr,  # the last program has fewer than four outputs
-    RAGGED_K: gl.constexpr,  # the last step has fewer elements
+    RAGGED: gl.constexpr,  # the last program has fewer than four outputs
 ):
     DTYPE: gl.constexpr = out.dtype.element_ty
     first = gl.program_id(0) * _ROWS
-    last = N - 1 if RAGGED_N else first + _ROWS - 1
-    total = _products(x, weight, scale, first, last, K, DTYPE, WARPS, LOWEST, HIGHEST, RAGGED_K)
+    last = N - 1 if RAGGED else first + _ROWS - 1
+    total = _products(x, weight, scale, first, last, K, DTYPE, WARPS, LOWEST, HIGHEST)
+    _store(total, bias, out, first, last, HAS_BIAS)
     special = (gl.abs(total) == float("inf")) | (total != total)
     if gl.max(special.to(gl.int32), 0) != 0:
         total = _exact_products(x, weight, scale, first, last, K, DTYPE, WARPS, total)
-    LAYOUT: gl.constexpr = total.type.layout
-    n = first + gl.arange(0, _ROWS, LAYOUT)
+        _store(total, bias, out, first, last, HAS_BIAS)
+
+
+@gluon.jit
+def _store(total, bias, out, first, last, HAS_BIAS: gl.constexpr):
+    n = first + gl.arange(0, _ROWS, total.type.layout)
     if HAS_BIAS:
         total += gl.load(bias + n, mask=n <= last, other=0).to(gl.float32)
-    gl.store(out + n, total.to(DTYPE), mask=n <= last)
+    gl.store(out + n, total.to(out.dtype.element_ty), mask=n <= last)
 
 
 @gluon.jit
@@ -108,77 +122,112 @@ def _products(
     scale,
     first,
     last,
-    K,
+    K: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     LOWEST: gl.constexpr,
     HIGHEST: gl.constexpr,
-    RAGGED_K: gl.constexpr,
 ):
-    """The products ``[4]`` of x and of rows of the weight, NaN where a scale is not in LOWEST..HIGHEST."""
-    WORDS: gl.constexpr = 128 * WARPS  # of a row, in a step
-    WORD: gl.constexpr = gl.BlockedLayout([_ROWS, 4], [1, 32], [1, WARPS], [1, 0])
-    words, scales, pairs = _places(x, weight, scale, first, last, K, WORDS, WORD)
-    GROUP: gl.constexpr = scales.type.layout
-    PAIR: gl.constexpr = pairs.type.layout
-    sums = gl.zeros([_ROWS, WORDS // 4], gl.float32, GROUP)
-    whole = K // (4 * WORDS) * WORDS
-    for start in range(0, whole, WORDS):
-        word = gl.load(words + start, eviction_policy="evict_first")
-        code = gl.load(scales + start // 8)
-        sums += _step(word, code, gl.load(pairs + start * 2), DTYPE, LOWEST, HIGHEST)
-    if RAGGED_K:
-        left = K // 4 - whole
-        at = gl.arange(0, WORDS, gl.SliceLayout(0, WORD))
-        group = gl.arange(0, WORDS // 4, gl.SliceLayout(0, GROUP))
-        both = gl.arange(0, WORDS, gl.SliceLayout(1, PAIR))
-        word = gl.load(words + whole, mask=(at < left)[None, :], other=0)
-        code = gl.load(scales + whole // 8, mask=(group * 4 < left)[None, :], other=127)
-        pair = gl.load(pairs + whole * 2, mask=(both < left)[:, None], other=0)
-        sums += _step(word, code, pair, DTYPE, LOWEST, HIGHEST)
-    return gl.sum(sums, 1)
-
-
-@gluon.jit
-def _places(x, weight, scale, first, last, K, WORDS: gl.constexpr, WORD: gl.constexpr):
-    """Pointers to the words ``[4, WORDS]`` of the first step, to the scales ``[4, WORDS / 4]`` of a lane's four words,
-    and to the pairs of x ``[WORDS, 2]`` that go with a word. Rows past the last are that one again.
-
-    K is a multiple of 32. Saying so keeps the loads wide.
+    """The products ``[4]`` of x and of rows of the weight, NaN where a scale is not in LOWEST..HIGHEST. Rows past the
+    last are that one again.
     """
-    row = gl.minimum(first + gl.arange(0, _ROWS, gl.SliceLayout(1, WORD)), last).to(gl.int64)
-    at = gl.arange(0, WORDS, gl.SliceLayout(0, WORD))
-    words = weight + row[:, None] * (K // 32 * 8) + at[None, :]
-    zeros = gl.full([_ROWS, WORDS], 0, gl.int32, WORD)
-    GROUP: gl.constexpr = gl.sum(gl.reshape(zeros, [_ROWS, WORDS // 4, 4]), 2).type.layout
-    row = gl.minimum(first + gl.arange(0, _ROWS, gl.SliceLayout(1, GROUP)), last).to(gl.int64)
-    group = gl.arange(0, WORDS // 4, gl.SliceLayout(0, GROUP)) // 2
-    scales = scale + row[:, None] * (K // 32) + group[None, :]
-    PAIR: gl.constexpr = gl.join(at, at).type.layout
-    pair = gl.arange(0, WORDS, gl.SliceLayout(1, PAIR))[:, None] * 2
-    return words, scales, x + pair + gl.arange(0, 2, gl.SliceLayout(0, PAIR))[None, :]
+    WORDS: gl.constexpr = 128 * WARPS  # of a row, in a step
+    WHOLE: gl.constexpr = K // (4 * WORDS) * WORDS  # of a row, in steps of so many
+    LANES: gl.constexpr = 32 * WARPS
+    WORD: gl.constexpr = gl.BlockedLayout([_ROWS, 4], [1, 32], [1, WARPS], [1, 0])
+    SUM: gl.constexpr = gl.BlockedLayout([_ROWS, 1], [1, 32], [1, WARPS], [1, 0])
+    X: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
+    at = places_along(WORDS, 1, 2, WORD)
+    group = places_along(LANES, 1, 2, SUM) // 2
+    pair = gl.arange(0, 2 * WORDS, X)
+    row = gl.minimum(places_along(_ROWS, 0, 2, WORD), last - first)
+    words = weight + first.to(gl.int64) * (K // 4) + row * (K // 4) + at
+    row = gl.minimum(places_along(_ROWS, 0, 2, SUM), last - first)
+    scales = scale + first.to(gl.int64) * (K // 32) + row * (K // 32) + group
+    pairs = x + pair
+    sums = gl.zeros([_ROWS, LANES], gl.float32, SUM)
+    farthest = gl.zeros([LANES], gl.uint32, gl.SliceLayout(0, SUM))
+    if K == 8 * WORDS:  # two steps: registers hold all of both
+        word = gl.load(words, eviction_policy="evict_first")
+        code = gl.load(scales)
+        other_word = gl.load(words + WORDS, eviction_policy="evict_first")
+        other_code = gl.load(scales + WORDS // 8)
+        values = gl.load(pairs)
+        gl.inline_asm_elementwise(_LOADS_BEFORE, "=r,r", [first], gl.int32, False, 1)
+        sums, farthest = _step(word, code, values, sums, farthest, DTYPE, LOWEST)
+        sums, farthest = _step(other_word, other_code, gl.load(pairs + 2 * WORDS), sums, farthest, DTYPE, LOWEST)
+    else:
+        for start in range(0, WHOLE, WORDS):
+            word = gl.load(words + start, eviction_policy="evict_first")
+            code = gl.load(scales + start // 8)
+            sums, farthest = _step(word, code, gl.load(pairs + start * 2), sums, farthest, DTYPE, LOWEST)
+    if WHOLE * 4 < K:
+        LEFT: gl.constexpr = K // 4 - WHOLE
+        word = gl.load(words + WHOLE, mask=at < LEFT, other=0)
+        code = gl.load(scales + WHOLE // 8, mask=group < LEFT // 8, other=127)
+        values = gl.load(pairs + WHOLE * 2, mask=pair < LEFT * 2, other=0)
+        sums, farthest = _step(word, code, values, sums, farthest, DTYPE, LOWEST)
+    return _sum_of_lanes(gl.where((farthest > HIGHEST - LOWEST)[None, :], float("nan"), sums))
 
 
 @gluon.jit
-def _step(word, code, pair, DTYPE: gl.constexpr, LOWEST: gl.constexpr, HIGHEST: gl.constexpr):
-    """Scaled sums of 16 products, ``[4, WORDS / 4]``."""
-    ROW: gl.constexpr = gl.SliceLayout(0, word.type.layout)
-    first, second = gl.split(pair)
-    x0, x1 = _pair(gl.convert_layout(first, ROW, assert_trivial=True), DTYPE)
-    x2, x3 = _pair(gl.convert_layout(second, ROW, assert_trivial=True), DTYPE)
+def _step(word, code, values, sums, farthest, DTYPE: gl.constexpr, LOWEST: gl.constexpr):
+    """``sums [4, lanes]`` and the scaled sums of 16 products in each lane, and how far a code was from LOWEST at most,
+    where codes under it count as far above it.
+    """
+    LANES: gl.constexpr = sums.shape[1]
+    words_02, words_13 = gl.split(gl.reshape(word, [_ROWS, LANES, 2, 2]))
+    word_0, word_2 = gl.split(words_02)
+    word_1, word_3 = gl.split(words_13)
+    pairs_02, pairs_13 = gl.split(gl.permute(gl.reshape(values, [LANES, 2, 2, 2]), (0, 1, 3, 2)))
+    pairs_0, pairs_2 = gl.split(gl.permute(pairs_02, (0, 2, 1)))
+    pairs_1, pairs_3 = gl.split(gl.permute(pairs_13, (0, 2, 1)))
+    products = gl.zeros_like(sums)
+    products = _add_products(products, word_0, pairs_0, DTYPE)
+    products = _add_products(products, word_1, pairs_1, DTYPE)
+    products = _add_products(products, word_2, pairs_2, DTYPE)
+    products = _add_products(products, word_3, pairs_3, DTYPE)
+    scale = code.to(gl.int32)
+    farthest = gl.maximum(farthest, gl.max((scale - LOWEST).to(gl.uint32), 0))
+    return products * (scale << 23).to(gl.float32, bitcast=True) + sums, farthest
+
+
+@gluon.jit
+def _add_products(products, word, pairs, DTYPE: gl.constexpr):
+    """``products [4, lanes]`` and those of a word of each row and two words of x ``[lanes, 2]``."""
+    SUM: gl.constexpr = products.type.layout
+    word = gl.convert_layout(word, SUM, assert_trivial=True)
     w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
-    products = w0 * x0[None, :]
+    first, second = gl.split(pairs)
+    x0, x1 = _pair(gl.convert_layout(first, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
+    x2, x3 = _pair(gl.convert_layout(second, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
+    products = w0 * x0[None, :] + products
     products = w1 * x1[None, :] + products
     products = w2 * x2[None, :] + products
-    products = w3 * x3[None, :] + products
-    scale = code.to(gl.int32)
-    bits = gl.where((scale >= LOWEST) & (scale <= HIGHEST), scale << 23, 0x7FC00000)
-    sums = gl.sum(gl.reshape(products, [word.shape[0], word.shape[1] // 4, 4]), 2)
-    return sums * bits.to(gl.float32, bitcast=True)
+    return w3 * x3[None, :] + products
 
 
 @gluon.jit
-def _exact_products(x, weight, scale, first, last, K, DTYPE: gl.constexpr, WARPS: gl.constexpr, total):
+def _sum_of_lanes(sums):
+    """``[4]``, from ``sums [4, lanes]``: every warp adds up all of it, so that all know the results, after a single
+    barrier. ``gl.sum`` has two, and five shuffles for every row.
+    """
+    LANES: gl.constexpr = sums.shape[1]
+    shared = gl.allocate_shared_memory(gl.float32, sums.shape, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    shared.store(sums)
+    return gl.sum(shared.load(_in_each_warp(LANES)), 1)
+
+
+@gluon.constexpr_function
+def _in_each_warp(lanes):
+    """Eight lanes for a row, which take 16 bytes next to each other at a time."""
+    registers = [[0, 1], [0, 2], *([0, 32 << i] for i in range((lanes // 32).bit_length() - 1))]
+    everywhere = [[0, 0]] * ((lanes // 32).bit_length() - 1)
+    return gl.DistributedLinearLayout(registers, [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], everywhere, [], [4, lanes])
+
+
+@gluon.jit
+def _exact_products(x, weight, scale, first, last, K: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr, total):
     """The same for all scales, elements scaled and rounded each: row after row, a word a lane."""
     LANE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     LAYOUT: gl.constexpr = total.type.layout

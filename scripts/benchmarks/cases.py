@@ -18,7 +18,7 @@ import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
 from mxfp8_ops.gpu import dispatch, elementwise, hopper, partial_sums, plans
-from mxfp8_ops.gpu.plans_few import Direct, Narrow
+from mxfp8_ops.gpu.plans_few import Direct, Narrow, Row
 from mxfp8_ops.packing import PACKED_FOR
 
 from .case import DTYPES, Case, packed_for
@@ -27,7 +27,7 @@ PACKED_ROWS = (1, 2, 4, 8, 16, 33, 64, 100, 128, 256)
 PACKED_SHAPES = ((136, 288), (300, 384))
 CANONICAL_ROWS = (1, 2, 5, 16, 40)
 CANONICAL_SHAPES = ((7, 288), (136, 256), (300, 384))
-PLAN_ROWS = (3, 5, 13, 29, 61, 77, 93, 125, 157, 189, 253, 317)
+PLAN_ROWS = (1, 3, 5, 13, 29, 61, 77, 93, 125, 157, 189, 253, 317)
 """Somewhat fewer than the kernels for Hopper have in a tile: each kernel gets as many as it can take of them."""
 
 
@@ -104,6 +104,7 @@ def _planned() -> Iterator[tuple[Problem, plans.Plan]]:
     for packed, k, kind in (
         (True, 1056, tiled),
         (True, 2176, Narrow),  # takes whole blocks of K alone; more turns than there are stages
+        (True, 4096, Row),  # takes whole turns alone
         (True, 4128, Direct),  # for all of whose warps there is work
         (False, 1024, tiled),
     ):
