@@ -19,14 +19,16 @@ from mxfp8_ops.gpu import plans, plans_few
 
 
 def kernels() -> Iterator[tuple[Any, bool, torch.dtype, int]]:
-    """Each in one form of the weight and in one dtype, and how many programs of it a multiprocessor has room for."""
-    dtypes = itertools.cycle(DTYPES)
-    for few in plans_few.COSTS:
-        yield few, True, next(dtypes), few.at_once
-    forms = itertools.cycle((True, True, False, False))
-    for tiled in tiled_kernels(False):
+    """Each in one dtype and one form of the weight, and how many programs of it a multiprocessor has room for. Whoever
+    takes every second one has all forms and dtypes among them.
+    """
+    orders = DTYPES, DTYPES[::-1]
+    for few, dtype in zip(plans_few.COSTS, itertools.cycle(itertools.chain(*orders))):
+        yield few, True, dtype, few.at_once
+    forms = [(packed, dtype) for dtypes in orders for packed in (True, False) for dtype in dtypes]
+    for tiled, (packed, dtype) in zip(tiled_kernels(False), itertools.cycle(forms)):
         at_once = plans.TABLE[tiled].at_once if isinstance(tiled, plans.Skinny) else 1
-        yield tiled, next(forms), next(dtypes), at_once
+        yield tiled, packed, dtype, at_once
 
 
 def main(share: str) -> None:
