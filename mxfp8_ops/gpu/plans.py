@@ -19,7 +19,7 @@ from typing import ClassVar, TypeAlias
 
 from . import plans_few
 from .counts import divided
-from .plans_few import Direct, Narrow, directs, narrows, single_rows
+from .plans_few import Direct, Narrow, directs, fewest, narrows, single_rows
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors: the candidate that
     the model finds fastest. Up to four rows of x and a packed weight are left to ``row`` and ``direct``.
     """
-    choices = single_rows(m, k) or directs(m, k) if packed and m <= 4 else candidates(m, n, k, processors, packed)
+    choices = fewest(m, k) if packed and m <= 4 else candidates(m, n, k, processors, packed)
     return min(choices, key=lambda choice: microseconds(choice, m, n, k, processors, packed))
 
 
