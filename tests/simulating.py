@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import triton
-from compiling import DTYPES
+from compiling import DTYPES, one_code_a_row
 from torch import Tensor
 
+from mxfp8_ops import packing
 from mxfp8_ops.gpu import canonical, direct, fragments, lanes
 from mxfp8_ops.gpu import places as numbers
 from mxfp8_ops.gpu import row as single
@@ -36,6 +37,18 @@ def fast_weight(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     codes[codes & 0x7F == 0x7F] = 0
     scale = scale % 135 if dtype == torch.bfloat16 else 95 + scale % 40
     return codes.view(torch.float8_e4m3fn), scale
+
+
+def packed_codes(k: int, dtype: torch.dtype, packed_for: torch.dtype, special: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight of ``one_code_a_row``, its scale, and both packed: under scales where something changes for x of
+    ``dtype``, and some in between; special, if some codes need exact decoding.
+    """
+    smallest = 0 if dtype == torch.bfloat16 else 95
+    scales = (0, 1, 2, 135, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
+    weight, scale = one_code_a_row(scales, k, nan=special)
+    packed = packing.pack(weight, scale, dtype=packed_for)
+    assert packing.exact_marks(packed)[DTYPES.index(dtype)] == special
+    return weight, scale, packed
 
 
 def moved_by_tma(rows: Tensor) -> list[int]:
@@ -89,16 +102,10 @@ def swizzled_pairs(swizzle: int, bits: int, rank: int) -> list[list[int]]:
 # --- kernels as functions of Python ---------------------------------------------------------------------------------
 
 
-class Layout:
-    """Any layout: on the CPU there is none."""
-
-    parent = None
-
-
 class Array(torch.Tensor):
     """A tensor of Gluon on the CPU: ``+=`` makes another one."""
 
-    type = SimpleNamespace(layout=Layout())
+    type = SimpleNamespace(layout=None)
     __iadd__ = torch.Tensor.__add__
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Array:
@@ -113,8 +120,6 @@ def array(tensor: Tensor) -> Array:
 
 class Pointer:
     """A pointer to a tensor's memory, or pointers. Reading or writing outside of the memory raises."""
-
-    type = SimpleNamespace(layout=Layout())
 
     def __init__(self, memory: Tensor, places: Any = 0) -> None:
         self.memory, self.places = memory, places
@@ -196,9 +201,8 @@ def _operand(values: dict[str, Tensor], name: str) -> Tensor:
 def _instruction(name: str, args: list[Tensor]) -> Tensor:
     if name == "mov.b32":
         return args[0]
-    if name in ("shl.b32", "shr.u32"):
-        one, by = (arg.long() for arg in args)
-        return (one << by if name == "shl.b32" else (one & 0xFFFFFFFF) >> by).to(torch.int32)
+    if name == "shl.b32":
+        return args[0] << args[1]
     if name == "and.b32":
         return args[0] & args[1]
     if name == "prmt.b32":  # four bytes, each chosen by its number among the eight of two words

@@ -17,8 +17,8 @@ from mxfp8_ops import packing, reference
 
 pytest.importorskip("triton.experimental.gluon")
 
-from compiling import check_loops, check_waits, compiled_at_an_end, one_code_a_row, what_codes_mean
-from simulating import DTYPE, DTYPES, Pointer, places, simulate
+from compiling import check_loops, check_waits, compiled_at_an_end, what_codes_mean
+from simulating import DTYPE, DTYPES, Pointer, packed_codes, places, simulate
 
 from mxfp8_ops.gpu import direct, lanes, plans_few
 from mxfp8_ops.gpu.plans_few import Direct
@@ -127,14 +127,10 @@ def test_direct_computes_linear_for_any_shape_and_reads_nothing_else(
 def test_direct_decodes_every_element(
     simulated: SimpleNamespace, dtype: torch.dtype, special: bool, packed_for: torch.dtype
 ) -> None:
-    """Under scales where something changes, and some in between. In the last of two turns, or of three if decoding is
-    exact, one of four warps has nothing to do, and one a quarter of a block.
+    """In the last of two turns, or of three if decoding is exact, one of four warps has nothing to do, and one has a
+    quarter of a block.
     """
-    smallest = 0 if dtype == torch.bfloat16 else 95
-    scales = (0, 1, 2, 135, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
     k = 1312  # ten blocks and a quarter: eight at once, then one a warp; exactly, always one a warp
-    weight, scale = one_code_a_row(scales, k, nan=special)
-    packed = packing.pack(weight, scale, dtype=packed_for)
-    assert packing.exact_marks(packed)[DTYPES.index(dtype)] == special
+    weight, scale, packed = packed_codes(k, dtype, packed_for, special)
     actual = directly(simulated, torch.ones(1, k, dtype=dtype), packed, len(weight), None, Direct(4, 1, 4, 2))
     assert_same(actual[0], what_codes_mean(weight, scale, dtype))

@@ -17,8 +17,8 @@ from mxfp8_ops import packing, reference
 
 pytest.importorskip("triton.experimental.gluon")
 
-from compiling import check_fits, check_waits, compiled, one_code_a_row, what_codes_mean
-from simulating import DTYPE, DTYPES, Pointer, simulate
+from compiling import check_fits, check_waits, compiled, what_codes_mean
+from simulating import DTYPE, DTYPES, Pointer, packed_codes, simulate
 
 from mxfp8_ops.gpu import plans_few, row
 from mxfp8_ops.gpu.plans_few import Row
@@ -79,12 +79,7 @@ def test_row_computes_linear_for_any_number_of_outputs_and_reads_nothing_else(
 def test_row_decodes_every_element(
     simulated: SimpleNamespace, dtype: torch.dtype, special: bool, packed_for: torch.dtype
 ) -> None:
-    """Under scales where something changes, and some in between, in the last of two turns."""
-    smallest = 0 if dtype == torch.bfloat16 else 95
-    scales = (0, 1, 2, 135, 254, 255) if special else (smallest, smallest + 1, 127, 133, 134)
-    kind = Row(1, 1, 2, 1)
-    weight, scale = one_code_a_row(scales, 512, nan=special)
-    packed = packing.pack(weight, scale, dtype=packed_for)
-    assert packing.exact_marks(packed)[DTYPES.index(dtype)] == special
-    actual = computed(simulated, torch.ones(1, 512, dtype=dtype), packed, len(weight), None, kind)
+    """In both of two turns."""
+    weight, scale, packed = packed_codes(512, dtype, packed_for, special)
+    actual = computed(simulated, torch.ones(1, 512, dtype=dtype), packed, len(weight), None, Row(1, 1, 2, 1))
     assert_same(actual[0], what_codes_mean(weight, scale, dtype))

@@ -1,5 +1,5 @@
-"""The kernel for one row of x on a weight as it is stored, without such a chip: simulated on the CPU, and
-compiled. Results on a chip are in tests/test_gpu_packed*.py.
+"""The kernel for one row of x on a weight as it is stored, simulated on the CPU. What is compiled of it is in
+tests/test_gpu_kernels.py, results on a chip with those of all kernels.
 """
 
 from __future__ import annotations

@@ -90,10 +90,7 @@ def _in_shared_memory(x, K: gl.constexpr, WARPS: gl.constexpr):
     LANE: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     shared = gl.allocate_shared_memory(gl.int32, [WORDS // 16, 4, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     place = gl.arange(0, WORDS, LANE)
-    if WORDS * 2 == K:
-        words = gl.load(x + place)
-    else:
-        words = gl.load(x + place, mask=place < K // 2, other=0)
+    words = gl.load(x + place, mask=place < K // 2, other=0)
     shared.store(gl.permute(gl.reshape(words, [WORDS // 16, 4, 4]), (0, 2, 1)))
     return shared
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .counts import divided
+from .counts import REGISTERS, divided
 from .fragments import scale_to_float32
 from .gemv import EXACT_SCALES
 from .launch import launch
@@ -30,7 +30,7 @@ from .places import places_along
 _ROWS = gl.constexpr(4)  # outputs of a program
 _WARP = 32 * 16  # elements of K that a warp takes at a time
 _REGISTERS = 64  # of a lane
-_WARPS_AT_ONCE = 32  # on a multiprocessor, by their registers
+_WARPS_AT_ONCE = REGISTERS // (_REGISTERS * 32)  # on a multiprocessor
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, processors: int) -> Tensor:
@@ -176,29 +176,35 @@ def _step(word, code, values, sums, farthest, DTYPE: gl.constexpr, LOWEST: gl.co
     where codes under it count as far above it.
     """
     LANES: gl.constexpr = sums.shape[1]
-    words_02, words_13 = gl.split(gl.reshape(word, [_ROWS, LANES, 2, 2]))
-    word_0, word_2 = gl.split(words_02)
-    word_1, word_3 = gl.split(words_13)
-    pairs_02, pairs_13 = gl.split(gl.permute(gl.reshape(values, [LANES, 2, 2, 2]), (0, 1, 3, 2)))
-    pairs_0, pairs_2 = gl.split(gl.permute(pairs_02, (0, 2, 1)))
-    pairs_1, pairs_3 = gl.split(gl.permute(pairs_13, (0, 2, 1)))
+    first, second = gl.split(gl.reshape(values, [LANES, 2, 2, 2]))
+    word_0, word_1, word_2, word_3 = _of_each_word(gl.reshape(word, [_ROWS, LANES, 2, 2]))
+    first_0, first_1, first_2, first_3 = _of_each_word(first)
+    second_0, second_1, second_2, second_3 = _of_each_word(second)
     products = gl.zeros_like(sums)
-    products = _add_products(products, word_0, pairs_0, DTYPE)
-    products = _add_products(products, word_1, pairs_1, DTYPE)
-    products = _add_products(products, word_2, pairs_2, DTYPE)
-    products = _add_products(products, word_3, pairs_3, DTYPE)
+    products = _add_products(products, word_0, first_0, second_0, DTYPE)
+    products = _add_products(products, word_1, first_1, second_1, DTYPE)
+    products = _add_products(products, word_2, first_2, second_2, DTYPE)
+    products = _add_products(products, word_3, first_3, second_3, DTYPE)
     scale = code.to(gl.int32)
     farthest = gl.maximum(farthest, gl.max((scale - LOWEST).to(gl.uint32), 0))
     return products * (scale << 23).to(gl.float32, bitcast=True) + sums, farthest
 
 
 @gluon.jit
-def _add_products(products, word, pairs, DTYPE: gl.constexpr):
-    """``products [4, lanes]`` and those of a word of each row and two words of x ``[lanes, 2]``."""
+def _of_each_word(items):
+    """A lane's items ``[..., 2, 2]`` that belong to its four words."""
+    even, odd = gl.split(items)
+    zero, two = gl.split(even)
+    one, three = gl.split(odd)
+    return zero, one, two, three
+
+
+@gluon.jit
+def _add_products(products, word, first, second, DTYPE: gl.constexpr):
+    """``products [4, lanes]`` and those of a word of each row and two words of x."""
     SUM: gl.constexpr = products.type.layout
     word = gl.convert_layout(word, SUM, assert_trivial=True)
     w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
-    first, second = gl.split(pairs)
     x0, x1 = _pair(gl.convert_layout(first, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
     x2, x3 = _pair(gl.convert_layout(second, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
     products = w0 * x0[None, :] + products
