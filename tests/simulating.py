@@ -205,6 +205,9 @@ def _instruction(name: str, args: list[Tensor]) -> Tensor:
         return args[0] << args[1]
     if name == "and.b32":
         return args[0] & args[1]
+    if name == "shf.l.wrap.b32":  # of two words, of which the first one is the lower, the upper half of all
+        lower, upper, by = args
+        return (upper << by) | ((lower >> (32 - by)) & ((1 << by) - 1))
     if name == "prmt.b32":  # four bytes, each chosen by its number among the eight of two words
         one, other, numbers = torch.broadcast_tensors(*args)
         found = torch.stack([one, other], -1).view(torch.uint8)

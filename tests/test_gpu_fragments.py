@@ -43,7 +43,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.mark.parametrize("packed_for", packing.PACKED_FOR)
 @pytest.mark.parametrize("rows", [64, 128])
 def test_a_lane_reads_its_registers_of_the_matrix_instruction_16_bytes_at_a_time(
-    rows: int, packed_for: torch.dtype
+    simulated: SimpleNamespace, rows: int, packed_for: torch.dtype
 ) -> None:
     """The instruction takes operand A of 16 elements of K in four registers of each lane. As the PTX ISA has it, lane
     l of warp w holds rows 16 * w + l / 4 and that + 8, elements 2 * (l % 4) and the next, and both + 8.
@@ -54,52 +54,36 @@ def test_a_lane_reads_its_registers_of_the_matrix_instruction_16_bytes_at_a_time
     for first_row in range(0, 128, rows):
         for half in range(2):
             start = half * 64 + first_row // 2
-            words = moved_by_tma(block[start : start + rows // 2])
-            place = places(fragments.words_layout(rows).offset_bases, (rows // 16, 8, 2, 2, 2, 4))
+            place = places(fragments.words_layout(rows), (rows // 16, 8, 2, 2, 2, 4))
+            one, other = separated(torch.tensor(moved_by_tma(block[start : start + rows // 2]))[place], packed_for)
             for thread in range(2 * rows):
                 warp, lane = divmod(thread, 32)
                 row, element = first_row + 16 * warp + lane // 4, 64 * half + 2 * (lane % 4)
                 for k5 in range(2):
-                    read = place[warp, lane // 4, k5, :, :, lane % 4].T.flatten().tolist()  # k3, k4
+                    read = place[warp, lane // 4, k5, :, :, lane % 4].flatten().tolist()
                     assert sorted(read) == list(range(min(read), min(read) + 4))
                     assert min(read) % 4 == 0
                     for k4 in range(2):
                         for k3 in range(2):
-                            one, other = separated(words[read[2 * k3 + k4]], packed_for)
                             k = element + 32 * k5 + 16 * k4 + 8 * k3
-                            assert one == codes[row, k : k + 2].tolist()
-                            assert other == codes[row + 8, k : k + 2].tolist()
+                            word = warp, lane // 4, k5, k4, k3, lane % 4
+                            assert one[word].tolist() == codes[row, k : k + 2].tolist()
+                            assert other[word].tolist() == codes[row + 8, k : k + 2].tolist()
 
 
-def separated(word: int, packed_for: torch.dtype) -> tuple[list[int], list[int]]:
+def separated(words: Tensor, packed_for: torch.dtype) -> tuple[Tensor, Tensor]:
     """The codes of two neighbours in row r, and in row r + 8: the bits that the kernel makes a bfloat16's, or a
     float16's.
     """
-    found, for_float16 = [], packed_for == torch.float16
-    for dtype, shift, others in ((gl.bfloat16, 4, 0x780F780F), (gl.float16, 7, 0x407F407F)):
-        bits = [int(value) & 0xFFFFFFFF for value in fragments.separate.fn(_Word(word), dtype, for_float16, False)]
-        assert all(pair & others == 0 for pair in bits)
-        found.append(
-            [[half >> 8 & 0x80 | half >> shift & 0x7F for half in (pair & 0xFFFF, pair >> 16)] for pair in bits]
-        )
-    assert found[0] == found[1]
+    found = []
+    for dtype, shift, others in ((torch.bfloat16, 4, 0x780F), (torch.float16, 7, 0x407F)):
+        pairs = fragments.separate(array(words.int()), 4, dtype, packed_for == torch.float16, False)
+        halves = torch.stack([pair.as_subclass(Tensor).contiguous() for pair in pairs]).view(torch.int16)
+        halves = halves.unflatten(-1, (-1, 2)).int()
+        assert (halves & others == 0).all()
+        found.append(halves >> 8 & 0x80 | halves >> shift & 0x7F)
+    assert_same(found[0], found[1])
     return found[0][0], found[0][1]
-
-
-class _Word(int):
-    """An int32 that takes the kernel's constants."""
-
-    def __and__(self, other: Any) -> _Word:
-        return _Word(int(self) & getattr(other, "value", other))
-
-    def __lshift__(self, by: int) -> _Word:
-        return _Word(int(self) << by)
-
-    def __rshift__(self, by: int) -> _Word:
-        return _Word(int(self) >> by)
-
-    def __or__(self, other: int) -> _Word:
-        return _Word(int(self) | int(other))
 
 
 @pytest.mark.parametrize("rows", [64, 128])

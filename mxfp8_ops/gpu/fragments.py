@@ -7,6 +7,8 @@ what it has decoded is already what the instruction wants from this lane, in thi
 
 from __future__ import annotations
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -39,16 +41,15 @@ def scales_layout(rows):
 
 # Masks for both halves of a word, as the int32 that Triton takes.
 _IN_PLACE = gl.constexpr(0x87F087F0 - 2**32)
-_MOVED_UP = gl.constexpr(0x80F080F0 - 2**32)
-_MOVED_DOWN = gl.constexpr(0x07000700)
 _SIGNS = gl.constexpr(0x80008000 - 2**32)
 _FLOAT16_IN_PLACE = gl.constexpr(0xBF80BF80 - 2**32)
 _FLOAT16_MAGNITUDES = gl.constexpr(0x3F803F80)
 _BFLOAT16_MAGNITUDES = gl.constexpr(0x07F007F0)
-_FLOAT16_LOWER = gl.constexpr(0x07800780)
-_FLOAT16_UPPER = gl.constexpr(0x38003800)
 _UPPER = gl.constexpr(0xFFFF0000 - 2**32)
 
+# Of each half: of the first word the upper byte, which becomes the lower, of the second the lower, which becomes the upper.
+_BYTES_OF_BOTH = gl.constexpr("prmt.b32 $0, $1, $2, 0x6341;")
+_DOWN_BY_4 = gl.constexpr("shf.l.wrap.b32 $0, $1, $1, 28;")  # around the end
 _MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
 _MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 _ROUND_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
@@ -92,7 +93,7 @@ def weight_fragment(
     one, other = _scale_words(scales, ROWS, WORD)
     scale_one = _scale_operand(one, HALF, word, WORD, DTYPE, EXACT)
     scale_other = _scale_operand(other, HALF, word, WORD, DTYPE, EXACT)
-    pair_one, pair_other = separate(word, DTYPE, FOR_FLOAT16, EXACT)
+    pair_one, pair_other = separate(word, 4, DTYPE, FOR_FLOAT16, EXACT)
     pair_one = scaled(pair_one, scale_one, DTYPE, EXACT)
     pair_other = scaled(pair_other, scale_other, DTYPE, EXACT)
     return operand(pair_one, pair_other, [ROWS, 64], OPERAND, DTYPE)
@@ -204,28 +205,45 @@ def float16_in_both_halves(bits):
 
 
 @gluon.jit
-def separate(word, DTYPE: gl.constexpr, FOR_FLOAT16: gl.constexpr, EXACT: gl.constexpr):
+def separate(word, APART: gl.constexpr, DTYPE: gl.constexpr, FOR_FLOAT16: gl.constexpr, EXACT: gl.constexpr):
     """The elements of row r and of row r + 8, each two in a word: bfloat16 of 2**-120 times their values if EXACT or
-    if that is DTYPE, else float16 of 2**-8 times their values.
+    if that is DTYPE, else float16 of 2**-8 times their values. Neighbours along k3 are APART in the order of words.
 
     See ``mxfp8_ops.packing`` for where their bits are: row r's are in place already for the dtype for which the weight
     was packed.
     """
     BFLOAT16: gl.constexpr = EXACT or gl.bfloat16 == DTYPE
     if FOR_FLOAT16:
+        one = word & _FLOAT16_IN_PLACE
+        other = ((word << 7) ^ (word << 1)) & _FLOAT16_IN_PLACE
         if BFLOAT16:
-            one = (word & _SIGNS) | ((word >> 3) & _BFLOAT16_MAGNITUDES)
-            other = ((word << 1) & _SIGNS) | ((word << 4) & _BFLOAT16_MAGNITUDES)
-        else:
-            one = word & _FLOAT16_IN_PLACE
-            other = ((word << 1) & _SIGNS) | ((word << 7) & _FLOAT16_MAGNITUDES)
-    elif BFLOAT16:
-        one = word & _IN_PLACE
-        other = ((word << 4) & _MOVED_UP) | ((word >> 4) & _MOVED_DOWN)
+            one = (one & _SIGNS) | ((one >> 3) & _BFLOAT16_MAGNITUDES)
+            other = (other & _SIGNS) | ((other >> 3) & _BFLOAT16_MAGNITUDES)
     else:
-        one = (word & _SIGNS) | ((word << 3) & _FLOAT16_MAGNITUDES)
-        other = ((word << 4) & _SIGNS) | ((word << 7) & _FLOAT16_LOWER) | ((word >> 1) & _FLOAT16_UPPER)
+        one = word & _IN_PLACE
+        other = _other_row(word, APART)
+        if not BFLOAT16:
+            one = (one & _SIGNS) | ((one << 3) & _FLOAT16_MAGNITUDES)
+            other = (other & _SIGNS) | ((other << 3) & _FLOAT16_MAGNITUDES)
     return one, other
+
+
+@gluon.jit
+def _other_row(word, APART: gl.constexpr):
+    """Row r + 8's elements as bfloat16, of words packed for it. Two neighbours take five operations: each is moved, and
+    bytes of both, and the exclusive or of that is what two words hold. One word at a time would take six.
+    """
+    first, second = gl.split(gl.permute(gl.reshape(word, _by_neighbours(word.shape, APART)), (0, 2, 1)))
+    both = gl.inline_asm_elementwise(_BYTES_OF_BOTH, "=r,r,r", [first, second], gl.int32, True, 1)
+    first = ((first << 4) ^ both) & _IN_PLACE
+    second = (gl.inline_asm_elementwise(_DOWN_BY_4, "=r,r", [second], gl.int32, True, 1) ^ both) & _IN_PLACE
+    other = gl.reshape(gl.permute(gl.join(first, second), (0, 2, 1)), word.shape)
+    return gl.convert_layout(other, word.type.layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _by_neighbours(shape, apart):
+    return [math.prod(shape) // (2 * apart), 2, apart]
 
 
 @gluon.jit

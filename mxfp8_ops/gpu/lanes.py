@@ -80,7 +80,7 @@ def weight_operand(
 ):
     """Operand A ``[WARPS, TILES * 16, BLOCKS * 64]``: names registers but for the arithmetic."""
     codes_one, codes_other = gl.split(codes)
-    one, other = separate(word, DTYPE, FOR_FLOAT16, EXACT)
+    one, other = separate(word, 4, DTYPE, FOR_FLOAT16, EXACT)
     one = scaled(one, _scale(codes_one, word, SIZES, DTYPE, EXACT), DTYPE, EXACT)
     other = scaled(other, _scale(codes_other, word, SIZES, DTYPE, EXACT), DTYPE, EXACT)
     one_0, one_1 = halves(one)

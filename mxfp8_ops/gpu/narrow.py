@@ -189,7 +189,7 @@ def _weight(
     word = reinterpret(elements, gl.int32, [WARPS, 2, 2, 2, 8, 4, 4], PLACES).load(WORD)
     word = gl.where(places_along(WARPS, 0, 7, WORD) < left, word, 0)
     codes_one, codes_other = _scales(scales, left, MMA)
-    one, other = separate(word, DTYPE, FOR_FLOAT16, EXACT)
+    one, other = separate(word, 1, DTYPE, FOR_FLOAT16, EXACT)
     one = scaled(one, _scale(codes_one, word, DTYPE, EXACT), DTYPE, EXACT)
     other = scaled(other, _scale(codes_other, word, DTYPE, EXACT), DTYPE, EXACT)
     one_0, one_1 = halves(one)
