@@ -18,11 +18,12 @@ from .launch import launch
 _BLOCKS = 64  # blocks of 32 a program
 _WARPS = 4
 
-# Bits of both halves of a word, as the int32 that Triton takes: where a bfloat16 of 2**-120 times an element has them.
+# Bits of both halves of a word, as the int32 that Triton takes: where a bfloat16 of 2**-120 times an element has them,
+# and those that bytes of two words have there.
 _SIGNS = tl.constexpr(0x80008000 - 2**32)
 _MAGNITUDES = tl.constexpr(0x07F007F0)
-_SIGNS_AND_LOWER = tl.constexpr(0x80F080F0 - 2**32)
-_UPPER = tl.constexpr(0x07000700)
+_OF_FIRST = tl.constexpr(0x00F000F0)
+_OF_SECOND = tl.constexpr(0x87008700 - 2**32)
 _UPPER_HALF = tl.constexpr(0xFFFF0000 - 2**32)
 
 
@@ -86,11 +87,14 @@ def mxfp8_dequant_packed(packed, out, N, K, FOR_FLOAT16: tl.constexpr):
     scales = block + 4096 + tile * 16 + row % 8 * 2
     group = row // 8 * 8
     if FOR_FLOAT16:
-        one = (word & _SIGNS) | ((word >> 3) & _MAGNITUDES)
-        other = ((word << 1) & _SIGNS) | ((word << 4) & _MAGNITUDES)
+        one = _from_float16(word)
+        other = _from_float16((word << 7) ^ (word << 1))
     else:
         one = word & (_SIGNS | _MAGNITUDES)
-        other = ((word << 4) & _SIGNS_AND_LOWER) | ((word >> 4) & _UPPER)
+        first, second = tl.split(tl.reshape(word, (32, 8, 2)))
+        both = ((first >> 8) & _OF_FIRST) | ((second << 8) & _OF_SECOND)
+        moved = tl.join(first << 4, ((second >> 4) & 0x0FFFFFFF) | (second << 28))
+        other = tl.reshape((moved ^ both[:, :, None]) & (_SIGNS | _MAGNITUDES), (32, 16))
     one = _pairs(one, (tl.load(scales) >> group) & 0xFF)
     other = _pairs(other, (tl.load(scales + 1) >> group) & 0xFF)
     bits = tl.join(one.to(out.dtype.element_ty), other.to(out.dtype.element_ty))
@@ -99,6 +103,12 @@ def mxfp8_dequant_packed(packed, out, N, K, FOR_FLOAT16: tl.constexpr):
     n = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
     k = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
     tl.store(out + n.to(tl.int64) * K + k, value, mask=(n < N) & (k < K))
+
+
+@triton.jit
+def _from_float16(word):
+    """Bits of elements from where a float16 of 2**-8 times them has them."""
+    return (word & _SIGNS) | ((word >> 3) & _MAGNITUDES)
 
 
 @triton.jit

@@ -47,9 +47,10 @@ _FLOAT16_MAGNITUDES = gl.constexpr(0x3F803F80)
 _BFLOAT16_MAGNITUDES = gl.constexpr(0x07F007F0)
 _UPPER = gl.constexpr(0xFFFF0000 - 2**32)
 
-# Of each half: of the first word the upper byte, which becomes the lower, of the second the lower, which becomes the upper.
+# In each half the upper byte of the first word below the lower byte of the second.
 _BYTES_OF_BOTH = gl.constexpr("prmt.b32 $0, $1, $2, 0x6341;")
-_DOWN_BY_4 = gl.constexpr("shf.l.wrap.b32 $0, $1, $1, 28;")  # around the end
+_DOWN_BY_4 = gl.constexpr("shf.l.wrap.b32 $0, $1, $1, 28;")  # around the end, as the next
+_UP_BY_1 = gl.constexpr("shf.l.wrap.b32 $0, $1, $1, 1;")
 _MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
 _MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 _ROUND_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
@@ -215,7 +216,9 @@ def separate(word, APART: gl.constexpr, DTYPE: gl.constexpr, FOR_FLOAT16: gl.con
     BFLOAT16: gl.constexpr = EXACT or gl.bfloat16 == DTYPE
     if FOR_FLOAT16:
         one = word & _FLOAT16_IN_PLACE
-        other = ((word << 7) ^ (word << 1)) & _FLOAT16_IN_PLACE
+        # One shift is left to the compiler, which has multipliers do it: with both, tiles take up to 4 % longer.
+        upper = gl.inline_asm_elementwise(_UP_BY_1, "=r,r", [word], gl.int32, True, 1)
+        other = ((word << 7) ^ upper) & _FLOAT16_IN_PLACE
         if BFLOAT16:
             one = (one & _SIGNS) | ((one >> 3) & _BFLOAT16_MAGNITUDES)
             other = (other & _SIGNS) | ((other >> 3) & _BFLOAT16_MAGNITUDES)
