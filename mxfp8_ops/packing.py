@@ -7,8 +7,9 @@ each other:
 - 128 rows of elements. A word holds four: of two rows r and r + 8, at two neighbouring elements of K (the second in
   the upper half), which is what a lane of a warp contributes to one matrix instruction. The four words that a lane
   needs for 16 rows by 32 elements are neighbours, so it reads 16 bytes at once. The two rows are interleaved bit by
-  bit, as is best for x of bfloat16 or for x of float16 (see ``_interleave``). From the slowest to the fastest, the
-  bits of a word's place are k6, r6, k5, r5 r4, r2 r1 r0, k2 k1, k4, k3: a quarter is 64 rows by 64 elements.
+  bit, as is best for x of bfloat16 or for x of float16 (see ``mxfp8_ops.interleaving``). From the slowest to the
+  fastest, the bits of a word's place are k6, r6, k5, r5 r4, r2 r1 r0, k2 k1, k4, k3: a quarter is 64 rows by 64
+  elements.
 - 4 rows of scales: a word for each row of the weight with the four bytes of its 128 elements, the bits of its place
   r6, r5 r4, r2 r1 r0, r3.
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .format import BLOCK_SIZE, ELEMENT_DTYPE, SCALE_BIAS, SCALE_DTYPE
+from .interleaving import interleave, separate
 
 ROWS = 128
 """Rows of the weight in a block."""
@@ -148,138 +150,9 @@ def _parts(packed: Tensor, k: int) -> Iterator[tuple[Tensor, slice, slice, slice
 # is, from the start). These words go where they belong.
 
 
-def _interleave(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
-    """Makes two words of four codes of row r, an int32 of ``one``, and the four of row r + 8, of ``other``: one of the
-    elements 3 and 2, the other of 1 and 0. In place.
-
-    A code a7..a0 of row r and b7..b0 of row r + 8 share 16 bits so that each becomes a value of ``dtype`` in few
-    operations. a lies already where a bfloat16 of 2**-120 times its value has sign, exponent and mantissa (bits 15 and
-    10..4), or a float16 of 2**-8 times its value (bits 15 and 13..7). b goes where there is room.
-
-    bfloat16:  one                             other
-               a7 a6 a5 a4 a3 a2 a1 a0         b7 b6 b5 b4 b3 b2 b1 b0
-               a7 b6 b5 b4 a3 a2 a1 a0         b7 a6 a5 a4 b3 b2 b1 b0
-               a7 b6 b5 b4 b7 a6 a5 a4         a3 a2 a1 a0 b3 b2 b1 b0         upper bytes, lower bytes
-    float16:   a7 a6 a5 a4 a3 a2 a1 b7         a0 b6 b5 b4 b3 b2 b1 b0
-               a7 b7 a6 a5 a4 a3 a2 a1         a0 b6 b5 b4 b3 b2 b1 b0         upper bytes, lower bytes
-
-    Then bits of b are mixed with others (see ``_mix_neighbours`` and ``_mix``), which is undone on the way.
-    """
-    if dtype == torch.bfloat16:
-        _exchange(one, other, 0, 0x70707070)
-        _exchange(one, other, 4, 0x0F0F0F0F)
-    else:
-        _exchange(one, other, 7, 0x01010101)
-        one.copy_((one & _SIGNS) | ((one & 0x7E7E7E7E) >> 1) | ((one & 0x01010101) << 6))
-    _exchange(one, other, 8, 0x00FF00FF)  # 16 bits of elements 3 and 1, of elements 2 and 0
-    _exchange(one, other, 16, 0x0000FFFF)
-    for words in (one, other):
-        if dtype == torch.bfloat16:
-            _mix_neighbours(words[0::2], words[1::2])
-        else:
-            _mix(words)
-
-
-def _separate(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
-    """The reverse: an exchange undoes itself."""
-    for words in (one, other):
-        if dtype == torch.bfloat16:
-            _separate_neighbours(words[0::2], words[1::2])
-        else:
-            _unmix(words)
-    _exchange(one, other, 16, 0x0000FFFF)
-    _exchange(one, other, 8, 0x00FF00FF)
-    if dtype == torch.bfloat16:
-        _exchange(one, other, 4, 0x0F0F0F0F)
-        _exchange(one, other, 0, 0x70707070)
-    else:
-        one.copy_((one & _SIGNS) | ((one & 0x3F3F3F3F) << 1) | ((one >> 6) & 0x01010101))
-        _exchange(one, other, 7, 0x01010101)
-
-
-def _mix_neighbours(first: Tensor, second: Tensor) -> None:
-    """Mixes bits of words for bfloat16 that are neighbours along k3. In place.
-
-    With codes a and b in 16 bits of the first and c and d in those of the second, this is where b and d are first:
-
-    first:     a7 d2 d1 d0 b7 a6 a5 a4         a3 a2 a1 a0 b3 b2 b1 b0
-    second:    c7 d6 d5 d4 d3 c6 c5 c4         c3 c2 c1 c0 d7 b6 b5 b4         d7 is that of the other half
-
-    Three operations bring all their bits in place: the first word is shifted up by 4, the second down by 4, around its
-    end, and ``_bytes_of_both`` has the rest. What else these bring there are bits of a and c, or of b and d where they
-    are in place otherwise. Exclusive or with them here is undone by exclusive or with them there.
-    """
-    _exchange(second, first, 12, 0x00070007)
-    _move_to_next_byte(second, 8)
-    first ^= (second << 4) & 0x70007000
-    second ^= (first >> 4) & 0x00070007
-    _mix_with_both(first, second)
-
-
-def _separate_neighbours(first: Tensor, second: Tensor) -> None:
-    _mix_with_both(first, second)
-    second ^= (first >> 4) & 0x00070007
-    first ^= (second << 4) & 0x70007000
-    _move_to_next_byte(second, -8)
-    _exchange(second, first, 12, 0x00070007)
-
-
-def _mix_with_both(first: Tensor, second: Tensor) -> None:
-    """Undoes itself: of the bytes of both, it changes no bit that it uses."""
-    both = _bytes_of_both(first, second)
-    first ^= (both >> 4) & 0x080F080F
-    second ^= _rotated(both, 4) & 0x78087808
-
-
-def _bytes_of_both(first: Tensor, second: Tensor) -> Tensor:
-    """In each half the upper byte of the first word below the lower byte of the second: of them what is used."""
-    return ((first >> 8) & 0x00F000F0) | ((second << 8) & (0x87008700 - 2**32))
-
-
-def _move_to_next_byte(words: Tensor, by: int) -> None:
-    """Bit 3 of each byte, to that of the next (8) or of the one before (-8), around the end. In place."""
-    moved = _rotated(words, by % 32)
-    moved ^= words
-    moved &= 0x08080808
-    words ^= moved
-
-
-def _rotated(words: Tensor, by: int) -> Tensor:
-    """Words shifted up around their end."""
-    return (words << by) | ((words >> (32 - by)) & ((1 << by) - 1))
-
-
-def _mix(words: Tensor) -> None:
-    """The same for float16, for each word by itself: what is b in place is the exclusive or of the word shifted up by 7
-    and by 1.
-    """
-    words ^= (words << 6) & 0x40004000
-    words ^= (words >> 6) & 0x007E007E
-    words ^= (words >> 6) & 0x00010001
-
-
-def _unmix(words: Tensor) -> None:
-    words ^= (words >> 6) & 0x00010001
-    words ^= (words >> 6) & 0x007E007E
-    words ^= (words << 6) & 0x40004000
-
-
-_SIGNS = 0x80808080 - 2**32  # as an int32
-
-
-def _exchange(one: Tensor, other: Tensor, shift: int, mask: int) -> None:
-    """Exchanges the bits of ``one`` under ``mask`` with those that lie ``shift`` higher in ``other``, in place."""
-    difference = other >> shift
-    difference ^= one
-    difference &= mask
-    one ^= difference
-    difference <<= shift
-    other ^= difference
-
-
 def _pack_elements(elements: Tensor, part: Tensor, dtype: torch.dtype) -> None:
     one, other, moves = _halves(_by_place(elements).contiguous(), part)
-    _interleave(one, other, dtype)
+    interleave(one, other, dtype)
     for half, words in moves:
         words.copy_(half)
 
@@ -291,7 +164,7 @@ def _unpack_elements(part: Tensor, dtype: torch.dtype) -> Tensor:
     one, other, moves = _halves(in_order, part)
     for half, words in moves:
         half.copy_(words)
-    _separate(one, other, dtype)
+    separate(one, other, dtype)
     for k5 in range(2):  # in one copy the runs would be short: of both k5, with all of k6 and the blocks far away
         unsorted.select(6, k5).copy_(in_order.select(6, k5))
     return elements

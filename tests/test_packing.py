@@ -164,7 +164,7 @@ def places(down: int, across: int) -> tuple[Tensor, Tensor]:
 def in_place(
     words: Tensor, row: Tensor, column: Tensor, neighbours: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """Elements where a bfloat16 or a float16 has them, by the operations that the docstrings of ``packing`` name."""
+    """Elements where a bfloat16 or a float16 has them, by the operations that ``interleaving`` names."""
     lower, upper = row & 8 == 0, column & 8 != 0
     if dtype == torch.float16:
         return words.where(lower, (words << 7) ^ (words << 1))

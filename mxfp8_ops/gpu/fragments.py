@@ -210,8 +210,8 @@ def separate(word, APART: gl.constexpr, DTYPE: gl.constexpr, FOR_FLOAT16: gl.con
     """The elements of row r and of row r + 8, each two in a word: bfloat16 of 2**-120 times their values if EXACT or
     if that is DTYPE, else float16 of 2**-8 times their values. Neighbours along k3 are APART in the order of words.
 
-    See ``mxfp8_ops.packing`` for where their bits are: row r's are in place already for the dtype for which the weight
-    was packed.
+    See ``mxfp8_ops.interleaving`` for where their bits are: row r's are in place already for the dtype for which the
+    weight was packed.
     """
     BFLOAT16: gl.constexpr = EXACT or gl.bfloat16 == DTYPE
     if FOR_FLOAT16:
@@ -233,9 +233,7 @@ def separate(word, APART: gl.constexpr, DTYPE: gl.constexpr, FOR_FLOAT16: gl.con
 
 @gluon.jit
 def _other_row(word, APART: gl.constexpr):
-    """Row r + 8's elements as bfloat16, of words packed for it. Two neighbours take five operations: each is moved, and
-    bytes of both, and the exclusive or of that is what two words hold. One word at a time would take six.
-    """
+    """Row r + 8's elements as bfloat16, of words packed for it: of two neighbours in five operations."""
     first, second = gl.split(gl.permute(gl.reshape(word, _by_neighbours(word.shape, APART)), (0, 2, 1)))
     both = gl.inline_asm_elementwise(_BYTES_OF_BOTH, "=r,r,r", [first, second], gl.int32, True, 1)
     first = ((first << 4) ^ both) & _IN_PLACE
