@@ -132,5 +132,5 @@ def test_direct_decodes_every_element(
     """
     k = 1312  # ten blocks and a quarter: eight at once, then one a warp; exactly, always one a warp
     weight, scale, packed = packed_codes(k, dtype, packed_for, special)
-    actual = directly(simulated, torch.ones(1, k, dtype=dtype), packed, len(weight), None, Direct(4, 1, 4, 2))
+    actual = directly(simulated, torch.ones(1, k, dtype=dtype), packed, len(weight), None, Direct(4, 2, 4, 2))
     assert_same(actual[0], what_codes_mean(weight, scale, dtype))

@@ -81,5 +81,5 @@ def test_row_decodes_every_element(
 ) -> None:
     """In both of two turns."""
     weight, scale, packed = packed_codes(512, dtype, packed_for, special)
-    actual = computed(simulated, torch.ones(1, 512, dtype=dtype), packed, len(weight), None, Row(1, 1, 2, 1))
+    actual = computed(simulated, torch.ones(1, 512, dtype=dtype), packed, len(weight), None, Row(1, 2, 2, 1))
     assert_same(actual[0], what_codes_mean(weight, scale, dtype))
