@@ -194,34 +194,36 @@ def test_every_bit_lies_where_the_layout_says(n: int, k: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(
-    ("row", "column", "place", "word"),
+    ("row", "column", "place", "words"),
     [
-        (0, 0, (0, 0), 0x000087F0),  # sign, exponent and mantissa as in a bfloat16
-        (0, 1, (0, 0), 0x87F00000),
-        (0, 8, (0, 1), 0x000087F0),  # the four words of a lane
-        (0, 16, (0, 2), 0x000087F0),
-        (0, 2, (0, 4), 0x000087F0),  # the four lanes of a row
-        (1, 0, (0, 16), 0x000087F0),
-        (16, 0, (4, 0), 0x000087F0),
-        (0, 32, (16, 0), 0x000087F0),
-        (64, 0, (32, 0), 0x000087F0),
-        (0, 64, (64, 0), 0x000087F0),
-        (0, 128, (132, 0), 0x000087F0),  # the next block along K, then the next rows
-        (128, 0, (264, 0), 0x000087F0),
+        (0, 0, (0, 0), (0x000087F8, 0x00007807)),  # sign, exponent and mantissa as in a bfloat16, and what is mixed
+        (8, 0, (0, 0), (0x0000080F, 0x00007007)),
+        (0, 1, (0, 0), (0x87F80000, 0x78070000)),
+        (8, 1, (0, 0), (0x080F0000, 0x70070000)),
+        (0, 8, (0, 0), (0x00007807, 0x000887F0)),  # the four words of a lane
+        (8, 8, (0, 0), (0x00007007, 0x00087800)),
+        (8, 9, (0, 0), (0x70070000, 0x78000008)),
+        (0, 16, (0, 2), (0x000087F8, 0x00007807)),
+        (0, 2, (0, 4), (0x000087F8, 0x00007807)),  # the four lanes of a row
+        (1, 0, (0, 16), (0x000087F8, 0x00007807)),
+        (16, 0, (4, 0), (0x000087F8, 0x00007807)),
+        (0, 32, (16, 0), (0x000087F8, 0x00007807)),
+        (64, 0, (32, 0), (0x000087F8, 0x00007807)),
+        (0, 64, (64, 0), (0x000087F8, 0x00007807)),
+        (0, 128, (132, 0), (0x000087F8, 0x00007807)),  # the next block along K, then the next rows
+        (128, 0, (264, 0), (0x000087F8, 0x00007807)),
     ],
 )
 def test_single_elements_land_where_the_kernels_expect_them(
-    row: int, column: int, place: tuple[int, int], word: int
+    row: int, column: int, place: tuple[int, int], words: tuple[int, int]
 ) -> None:
     weight = torch.zeros(256, 256, dtype=torch.uint8)
     scale = torch.zeros(256, 8, dtype=torch.uint8)
     weight[row, column] = 0xFF
     packed = mxfp8_ops.pack(weight.view(torch.float8_e4m3fn), scale)
-    neighbours = {(place[0], place[1] & ~1), (place[0], place[1] | 1)}  # in which row r + 8's bits may be mixed with it
-    assert {tuple(at) for at in packed[:-1].nonzero().tolist()} <= neighbours
-    assert [packed[at].item() & 0x87F087F0 for at in sorted(neighbours)] == [
-        word if at == place else 0 for at in sorted(neighbours)
-    ]
+    first, second = place, (place[0], place[1] + 1)
+    assert packed[:-1].nonzero().tolist() == [list(first), list(second)]
+    assert tuple(packed[at].item() & 0xFFFFFFFF for at in (first, second)) == words
 
 
 @pytest.mark.parametrize(

@@ -220,15 +220,23 @@ def separate(word, APART: gl.constexpr, DTYPE: gl.constexpr, FOR_FLOAT16: gl.con
         upper = gl.inline_asm_elementwise(_UP_BY_1, "=r,r", [word], gl.int32, True, 1)
         other = ((word << 7) ^ upper) & _FLOAT16_IN_PLACE
         if BFLOAT16:
-            one = (one & _SIGNS) | ((one >> 3) & _BFLOAT16_MAGNITUDES)
-            other = (other & _SIGNS) | ((other >> 3) & _BFLOAT16_MAGNITUDES)
+            one, other = _as_bfloat16(one), _as_bfloat16(other)
     else:
         one = word & _IN_PLACE
         other = _other_row(word, APART)
         if not BFLOAT16:
-            one = (one & _SIGNS) | ((one << 3) & _FLOAT16_MAGNITUDES)
-            other = (other & _SIGNS) | ((other << 3) & _FLOAT16_MAGNITUDES)
+            one, other = _as_float16(one), _as_float16(other)
     return one, other
+
+
+@gluon.jit
+def _as_bfloat16(pair):
+    return (pair & _SIGNS) | ((pair >> 3) & _BFLOAT16_MAGNITUDES)
+
+
+@gluon.jit
+def _as_float16(pair):
+    return (pair & _SIGNS) | ((pair << 3) & _FLOAT16_MAGNITUDES)
 
 
 @gluon.jit
