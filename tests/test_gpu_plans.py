@@ -46,7 +46,7 @@ def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
     blocks = math.ceil(k / 128)
     if isinstance(chosen, Skinny):
         assert 1 <= chosen.parts <= blocks, problem  # each has a block at least: without one it would wait for ever
-        assert chosen.rows in (8, 16, 32, 64, 80, 96, 128, 160, 192), problem
+        assert chosen.rows in (8, 16, 32, 48, 64, 80, 96, 128, 160, 192), problem
         assert chosen.across * chosen.along in (1, 2, 4), problem  # consumers that the kernel knows how to start
         assert chosen.stages >= chosen.along, problem  # which then wait for stages of their own
         assert chosen.consumer_registers % 8 == 0, problem  # as setmaxnreg has it
@@ -207,7 +207,7 @@ def test_while_a_graph_is_captured_the_plan_of_the_model_is_taken_for_now(tuned:
 
 # --- cliffs ---------------------------------------------------------------------------------------------------------
 
-HEIGHTS = 64, 80, 96, 128, 160, 192, 256, 320
+HEIGHTS = 48, 64, 80, 96, 128, 160, 192, 256, 320
 """Rows of x of a tile."""
 
 SHAPES = pytest.mark.parametrize(

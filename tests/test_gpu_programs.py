@@ -122,7 +122,7 @@ def test_tiles_cover_the_result_once(program: SimpleNamespace, processors: int) 
         assert sorted(found) == [(row, column) for row in range(0, m, down) for column in range(0, n, across)]
 
 
-@pytest.mark.parametrize("rows", [8, 16, 32, 64, 80, 96, 128, 160, 192, 256, 320])
+@pytest.mark.parametrize("rows", [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320])
 def test_every_row_of_the_result_is_stored_once_and_is_the_row_that_was_loaded(
     program: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:

@@ -27,7 +27,7 @@ PACKED_ROWS = (1, 2, 4, 8, 16, 33, 64, 100, 128, 256)
 PACKED_SHAPES = ((136, 288), (300, 384))
 CANONICAL_ROWS = (1, 2, 5, 16, 40)
 CANONICAL_SHAPES = ((7, 288), (136, 256), (300, 384))
-PLAN_ROWS = (1, 3, 5, 13, 29, 61, 77, 93, 125, 157, 189, 253, 317)
+PLAN_ROWS = (1, 3, 5, 13, 29, 45, 61, 77, 93, 125, 157, 189, 253, 317)
 """Somewhat fewer than the kernels for Hopper have in a tile: each kernel gets as many as it can take of them."""
 
 
