@@ -65,7 +65,7 @@ def _gemv(x: Tensor, n: int, has_bias: bool, native: bool) -> tuple[tuple[int], 
     m, k = x.shape
     outputs, elements, warps = gemv.configuration(k, m)
     together = min(triton.next_power_of_2(m), gemv.ROWS_A_PROGRAM)
-    lowest, highest = gemv.EXACT_SCALES[x.dtype]
+    lowest, highest = gemv.FAST_SCALES[x.dtype]
     constants = {"M": together, "HAS_BIAS": has_bias, "NATIVE": native, "LOWEST": lowest, "HIGHEST": highest}
     constants |= {"BN": outputs, "BK": elements, "EXACT_BK": min(elements, 256), "num_warps": warps}
     return (_tiles(m, together) * _tiles(n, outputs),), constants

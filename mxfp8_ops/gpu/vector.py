@@ -1,11 +1,12 @@
 """Linear for one row of x on a weight as it is stored, in Gluon: as fast as the weight's bytes can be read.
 
 A program computes four outputs. Its warps stand along K; a lane takes 16 consecutive elements of each of four rows,
-which share its 16 elements of x. All arithmetic is float32, and a sum of 16 products is scaled rather than each
-element. That is the reference's answer unless an element would have been rounded or have become infinite in x's dtype,
-which its scale tells, or a sum overflows before it is scaled. Where a result is NaN or infinite, the program computes
-its outputs once more, element by element, in a way that takes few registers rather than little time: with no more than
-64 a lane, eight programs of four warps run at once on a multiprocessor.
+which share its 16 elements of x. Sums are float32, and for x of bfloat16 a sum of 16 products is scaled rather than
+each element. That is the reference's answer unless an element would have been rounded or have become infinite, which
+its scale tells, or a sum overflows before it is scaled. The scales of real weights are so small that elements are
+rounded in float16; there elements are scaled, two at a time, as long as float16 has their scale. Where a result is NaN
+or infinite, the program computes its outputs once more, element by element, in a way that takes few registers rather
+than little time: with no more than 64 a lane, eight programs of four warps run at once on a multiprocessor.
 
 All programs begin at about the same time, so that what they do before their first load and after their last counts as
 much as the loop. K is a constant of the kernel, which makes most of a place part of an instruction; after the last
@@ -22,8 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .counts import REGISTERS, divided
-from .fragments import scale_to_float32
-from .gemv import EXACT_SCALES
+from .fragments import float16_in_both_halves, scale_to_float32
+from .gemv import FAST_SCALES
 from .launch import launch
 from .places import places_along
 
@@ -44,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, proces
         mxfp8_linear_vector,
         (divided(n, _ROWS.value),),
         (x.view(torch.int32), weight.view(torch.int32), scale, x if bias is None else bias, out, n),
-        (k, warps, *EXACT_SCALES[x.dtype], bias is not None, n % _ROWS.value != 0),
+        (k, warps, *FAST_SCALES[x.dtype], bias is not None, n % _ROWS.value != 0),
         num_warps=warps,
         maxnreg=_REGISTERS,
     )
@@ -58,20 +59,27 @@ def warps_along(n: int, k: int, processors: int) -> int:
     return min(most, max(at_once, default=4))
 
 
-# Four codes of e4m3 in a word, and two pairs of elements of x, to float32.
-_CODES = gl.constexpr("""{
+# Four codes of e4m3 in a word, and two pairs of elements of x, to float32; codes times their scale, which stands in both
+# halves of a word, as float16 before.
+_DECODE = """{
 .reg .b16 low, high, h0, h1, h2, h3;
 .reg .b32 first, second;
 mov.b32 {low, high}, $4;
 cvt.rn.f16x2.e4m3x2 first, low;
-cvt.rn.f16x2.e4m3x2 second, high;
+cvt.rn.f16x2.e4m3x2 second, high;"""
+_SCALE = """
+mul.rn.f16x2 first, first, $5;
+mul.rn.f16x2 second, second, $5;"""
+_WIDEN = """
 mov.b32 {h0, h1}, first;
 mov.b32 {h2, h3}, second;
 cvt.f32.f16 $0, h0;
 cvt.f32.f16 $1, h1;
 cvt.f32.f16 $2, h2;
 cvt.f32.f16 $3, h3;
-}""")
+}"""
+_CODES = gl.constexpr(_DECODE + _WIDEN)
+_SCALED_CODES = gl.constexpr(_DECODE + _SCALE + _WIDEN)
 _FOUR = gl.constexpr((gl.float32, gl.float32, gl.float32, gl.float32))
 _PAIR_BFLOAT16 = gl.constexpr("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }")
 _PAIR_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
@@ -91,7 +99,7 @@ def mxfp8_linear_vector(
     N,
     K: gl.constexpr,
     WARPS: gl.constexpr,
-    LOWEST: gl.constexpr,  # scales under which every finite element is exact in x's dtype
+    LOWEST: gl.constexpr,  # scales, see FAST_SCALES
     HIGHEST: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     RAGGED: gl.constexpr,  # the last program has fewer than four outputs
@@ -180,14 +188,17 @@ def _step(word, code, values, sums, farthest, DTYPE: gl.constexpr, LOWEST: gl.co
     word_0, word_1, word_2, word_3 = _of_each_word(gl.reshape(word, [_ROWS, LANES, 2, 2]))
     first_0, first_1, first_2, first_3 = _of_each_word(first)
     second_0, second_1, second_2, second_3 = _of_each_word(second)
-    products = gl.zeros_like(sums)
-    products = _add_products(products, word_0, first_0, second_0, DTYPE)
-    products = _add_products(products, word_1, first_1, second_1, DTYPE)
-    products = _add_products(products, word_2, first_2, second_2, DTYPE)
-    products = _add_products(products, word_3, first_3, second_3, DTYPE)
     scale = code.to(gl.int32)
+    factor = float16_in_both_halves(scale << 23) if gl.float16 == DTYPE else scale
+    products = gl.zeros_like(sums)
+    products = _add_products(products, word_0, factor, first_0, second_0, DTYPE)
+    products = _add_products(products, word_1, factor, first_1, second_1, DTYPE)
+    products = _add_products(products, word_2, factor, first_2, second_2, DTYPE)
+    products = _add_products(products, word_3, factor, first_3, second_3, DTYPE)
     farthest = gl.maximum(farthest, gl.max((scale - LOWEST).to(gl.uint32), 0))
-    return products * (scale << 23).to(gl.float32, bitcast=True) + sums, farthest
+    if gl.bfloat16 == DTYPE:
+        products *= (scale << 23).to(gl.float32, bitcast=True)
+    return products + sums, farthest
 
 
 @gluon.jit
@@ -200,11 +211,14 @@ def _of_each_word(items):
 
 
 @gluon.jit
-def _add_products(products, word, first, second, DTYPE: gl.constexpr):
-    """``products [4, lanes]`` and those of a word of each row and two words of x."""
+def _add_products(products, word, factor, first, second, DTYPE: gl.constexpr):
+    """``products [4, lanes]`` and those of a word of each row, for float16 times a factor, and two words of x."""
     SUM: gl.constexpr = products.type.layout
     word = gl.convert_layout(word, SUM, assert_trivial=True)
-    w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
+    if gl.bfloat16 == DTYPE:
+        w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
+    else:
+        w0, w1, w2, w3 = gl.inline_asm_elementwise(_SCALED_CODES, "=f,=f,=f,=f,r,r", [word, factor], _FOUR, True, 1)
     x0, x1 = _pair(gl.convert_layout(first, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
     x2, x3 = _pair(gl.convert_layout(second, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
     products = w0 * x0[None, :] + products
