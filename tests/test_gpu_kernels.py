@@ -42,18 +42,21 @@ def ptx(kernel: Any, capability: int, warps: int, types: dict[str, str], **const
 
 
 @pytest.mark.parametrize("capability", NVIDIA)
-@pytest.mark.parametrize("m", [1, 2, 4])
-def test_gemv_compiles_for_every_target_and_reads_16_bytes_at_a_time(capability: int, m: int) -> None:
+@pytest.mark.parametrize(("m", "dtype"), [(1, "bf16"), (2, "fp16"), (4, "bf16")])
+def test_gemv_compiles_for_every_target_and_reads_16_bytes_at_a_time(capability: int, m: int, dtype: str) -> None:
+    """It scales elements of float16 before they are widened, sums of others."""
     from mxfp8_ops.gpu import gemv
 
-    native = capability >= 89
-    types = {"x": "*bf16", "weight": "*fp8e4nv" if native else "*u8", "scale": "*u8", "bias": "*bf16", "out": "*bf16"}
+    native, pointer = capability >= 89, f"*{dtype}"
+    types = {"x": pointer, "weight": "*fp8e4nv" if native else "*u8", "scale": "*u8", "bias": pointer, "out": pointer}
     types |= {"rows": "i32", "N": "i32", "K": "i32"}
     outputs, elements, warps = gemv.configuration(4096, m)
-    sizes = {"M": m, "BN": outputs, "BK": elements, "EXACT_BK": 256, "LOWEST": 3, "HIGHEST": 246}
+    lowest, highest = gemv.FAST_SCALES[torch.bfloat16 if dtype == "bf16" else torch.float16]
+    sizes = {"M": m, "BN": outputs, "BK": elements, "EXACT_BK": 256, "LOWEST": lowest, "HIGHEST": highest}
     text = ptx(gemv.mxfp8_linear_gemv, capability, warps, types, HAS_BIAS=True, NATIVE=native, **sizes)
     assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", text)
     assert ("cvt.rn.f16x2.e4m3x2" in text) == native
+    assert ("mul.f16" in text) == (dtype == "fp16")
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100])

@@ -59,8 +59,8 @@ def warps_along(n: int, k: int, processors: int) -> int:
     return min(most, max(at_once, default=4))
 
 
-# Four codes of e4m3 in a word, and two pairs of elements of x, to float32; codes times their scale, which stands in both
-# halves of a word, as float16 before.
+# Four codes of e4m3 in a word, and two pairs of elements of x, to float32; codes times their scale as float16 before,
+# which stands in both halves of a word.
 _DECODE = """{
 .reg .b16 low, high, h0, h1, h2, h3;
 .reg .b32 first, second;
