@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .counts import REGISTERS, divided
-from .fragments import float16_in_both_halves, scale_to_float32
+from .fragments import float16_in_both_halves, scale_to_float32, scaled
 from .gemv import FAST_SCALES
 from .launch import launch
 from .places import places_along
@@ -59,28 +59,13 @@ def warps_along(n: int, k: int, processors: int) -> int:
     return min(most, max(at_once, default=4))
 
 
-# Four codes of e4m3 in a word, and two pairs of elements of x, to float32; codes times their scale as float16 before,
-# which stands in both halves of a word.
-_DECODE = """{
-.reg .b16 low, high, h0, h1, h2, h3;
-.reg .b32 first, second;
-mov.b32 {low, high}, $4;
-cvt.rn.f16x2.e4m3x2 first, low;
-cvt.rn.f16x2.e4m3x2 second, high;"""
-_SCALE = """
-mul.rn.f16x2 first, first, $5;
-mul.rn.f16x2 second, second, $5;"""
-_WIDEN = """
-mov.b32 {h0, h1}, first;
-mov.b32 {h2, h3}, second;
-cvt.f32.f16 $0, h0;
-cvt.f32.f16 $1, h1;
-cvt.f32.f16 $2, h2;
-cvt.f32.f16 $3, h3;
-}"""
-_CODES = gl.constexpr(_DECODE + _WIDEN)
-_SCALED_CODES = gl.constexpr(_DECODE + _SCALE + _WIDEN)
-_FOUR = gl.constexpr((gl.float32, gl.float32, gl.float32, gl.float32))
+# Four codes of e4m3 in a word to float16, two in a word each; and pairs of elements of x to float32.
+_CODES = gl.constexpr("""{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
 _PAIR_BFLOAT16 = gl.constexpr("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }")
 _PAIR_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
 
@@ -215,10 +200,11 @@ def _add_products(products, word, factor, first, second, DTYPE: gl.constexpr):
     """``products [4, lanes]`` and those of a word of each row, for float16 times a factor, and two words of x."""
     SUM: gl.constexpr = products.type.layout
     word = gl.convert_layout(word, SUM, assert_trivial=True)
-    if gl.bfloat16 == DTYPE:
-        w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
-    else:
-        w0, w1, w2, w3 = gl.inline_asm_elementwise(_SCALED_CODES, "=f,=f,=f,=f,r,r", [word, factor], _FOUR, True, 1)
+    low, high = _codes(word)
+    if gl.float16 == DTYPE:
+        low, high = scaled(low, factor, DTYPE, False), scaled(high, factor, DTYPE, False)
+    w0, w1 = _pair(low, gl.float16)
+    w2, w3 = _pair(high, gl.float16)
     x0, x1 = _pair(gl.convert_layout(first, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
     x2, x3 = _pair(gl.convert_layout(second, gl.SliceLayout(0, SUM), assert_trivial=True), DTYPE)
     products = w0 * x0[None, :] + products
@@ -261,7 +247,9 @@ def _exact_products(x, weight, scale, first, last, K: gl.constexpr, DTYPE: gl.co
             code = gl.load(scale + row * (K // 32) + at // 8, mask=within, other=127).to(gl.int32)
             x0, x1 = _pair(gl.load(x + at * 2, mask=within, other=0), DTYPE)
             x2, x3 = _pair(gl.load(x + at * 2 + 1, mask=within, other=0), DTYPE)
-            w0, w1, w2, w3 = gl.inline_asm_elementwise(_CODES, "=f,=f,=f,=f,r", [word], _FOUR, True, 1)
+            low, high = _codes(word)
+            w0, w1 = _pair(low, gl.float16)
+            w2, w3 = _pair(high, gl.float16)
             power = scale_to_float32(code)
             sums += (w0 * power).to(DTYPE).to(gl.float32) * x0 + (w1 * power).to(DTYPE).to(gl.float32) * x1
             sums += (w2 * power).to(DTYPE).to(gl.float32) * x2 + (w3 * power).to(DTYPE).to(gl.float32) * x3
@@ -270,7 +258,13 @@ def _exact_products(x, weight, scale, first, last, K: gl.constexpr, DTYPE: gl.co
 
 
 @gluon.jit
+def _codes(word):
+    """The four elements of each word as float16, two in a word each."""
+    return gl.inline_asm_elementwise(_CODES, "=r,=r,r", [word], (gl.int32, gl.int32), True, 1)
+
+
+@gluon.jit
 def _pair(words, DTYPE: gl.constexpr):
-    """The two elements of x in each word, in float32."""
+    """The two elements in each word, in float32."""
     PAIR: gl.constexpr = _PAIR_BFLOAT16 if gl.bfloat16 == DTYPE else _PAIR_FLOAT16
     return gl.inline_asm_elementwise(PAIR, "=f,=f,r", [words], (gl.float32, gl.float32), True, 1)
