@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import dispatch, hopper, plans
+from mxfp8_ops.gpu import dispatch, hopper, plans, vectors
 from mxfp8_ops.gpu.counts import REGISTERS
+from mxfp8_ops.gpu.kinds_few import Vectors
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
@@ -95,7 +96,7 @@ class Compiled:
 
 
 def launches(
-    plan: plans.Plan,
+    plan: plans.Plan | Vectors,
     m: int,
     n: int,
     k: int,
@@ -106,10 +107,15 @@ def launches(
     """What a plan launches for ``x [m, k]`` and a weight ``[n, k]``, packed or not, of which nothing is computed."""
     recorded: list[Launch] = []
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hopper, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
+        for module in (hopper, vectors):
+            patch.setattr(module, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
         x, out = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
         offset = torch.empty(n, dtype=dtype) if bias else None
-        hopper._run(plan, x, source_of(n, k, packed, dtype), offset, out)
+        if isinstance(plan, Vectors):
+            codes = torch.empty(n, k, dtype=torch.uint8), torch.empty(n, k // 32, dtype=torch.uint8)
+            vectors.run_kind(x, *codes, offset, plan)
+        else:
+            hopper._run(plan, x, source_of(n, k, packed, dtype), offset, out)
     return recorded
 
 
@@ -210,9 +216,10 @@ def _number(pattern: str, text: str) -> int:
 
 
 def compiled(
-    plan: plans.Plan, packed: bool, n: int, dtype: torch.dtype, bias: bool, folder: Path, less: int = 0
+    plan: plans.Plan | Vectors, packed: bool, n: int, dtype: torch.dtype, bias: bool, folder: Path, less: int = 0
 ) -> Compiled:
-    launch = launches(plan, plan.rows - less, n, 4096, dtype, bias, packed)[0]
+    k = 4128 if less and isinstance(plan, Vectors) else 4096
+    launch = launches(plan, plan.rows - less, n, k, dtype, bias, packed)[0]
     try:
         return compile_for_hopper(launch, folder)
     except Exception as error:
@@ -221,7 +228,7 @@ def compiled(
         raise
 
 
-def compiled_at_an_end(plan: plans.Plan, packed: bool, dtype: torch.dtype, folder: Path) -> Compiled:
+def compiled_at_an_end(plan: plans.Plan | Vectors, packed: bool, dtype: torch.dtype, folder: Path) -> Compiled:
     """At one of ENDS, another one for each dtype, and the other way round for canonical weights."""
     n, bias, less = ENDS[DTYPES.index(dtype) if packed else 1 - DTYPES.index(dtype)]
     return compiled(plan, packed, n, dtype, bias, folder, less)
@@ -252,12 +259,13 @@ def check_loads(found: Compiled) -> None:
     assert all(expected == loaded for expected, loaded in stages)
 
 
-def check_warp_sums(ptx: str, along: int) -> None:
+def check_warp_sums(ptx: str, along: int, exchanged: bool = False) -> None:
     """That warps along K store their sums 16 bytes at a time, between the last product and the first result that is
-    stored, and nothing is shuffled.
+    stored, and nothing is shuffled: unless there is something that lanes exchange.
     """
-    assert "shfl.sync.bfly" not in ptx
     last = ptx.rindex("mma.sync")
+    assert ("shfl.sync.bfly" in ptx[last:]) == exchanged
+    assert "shfl.sync.bfly" not in ptx[:last]
     stored = re.findall(r"st\.shared\S*", ptx[last : ptx.index("st.global", last)])
     assert bool(stored) == (along > 1)
     assert all(".v4" in each for each in stored)

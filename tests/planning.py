@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
+from mxfp8_ops.gpu.kinds_few import Direct, Narrow
 from mxfp8_ops.gpu.plans import Plan, Skinny, Wide
-from mxfp8_ops.gpu.plans_few import Direct, Narrow
 
 CHIP = pytest.mark.parametrize("processors", [78, 114, 132])
 FORM = pytest.mark.parametrize("packed", [True, False], ids=["packed", "canonical"])

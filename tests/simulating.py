@@ -17,7 +17,7 @@ from compiling import DTYPES, one_code_a_row
 from torch import Tensor
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import canonical, direct, fragments, lanes
+from mxfp8_ops.gpu import canonical, direct, fragments, lanes, scaled_codes
 from mxfp8_ops.gpu import places as numbers
 from mxfp8_ops.gpu import row as single
 
@@ -120,6 +120,8 @@ def array(tensor: Tensor) -> Array:
 
 class Pointer:
     """A pointer to a tensor's memory, or pointers. Reading or writing outside of the memory raises."""
+
+    type = SimpleNamespace(layout=None)
 
     def __init__(self, memory: Tensor, places: Any = 0) -> None:
         self.memory, self.places = memory, places
@@ -294,7 +296,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch, module: ModuleType, gluon: Simple
 def simulate(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """``fragments``, ``canonical``, ``direct`` and ``row`` as functions of Python, and the Gluon that they then use."""
     gluon = SimpleNamespace(**GLUON)
-    for module in (fragments, canonical, numbers, lanes, direct, single):
+    for module in (fragments, scaled_codes, canonical, numbers, lanes, direct, single):
         in_python(monkeypatch, module, gluon)
     for name in ("places_along", "any_words", "any_scales", "any_pairs"):  # the same in every program
         cached = functools.cache(getattr(lanes, name))

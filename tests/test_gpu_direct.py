@@ -21,7 +21,7 @@ from compiling import check_loops, check_waits, compiled_at_an_end, what_codes_m
 from simulating import DTYPE, DTYPES, Pointer, packed_codes, places, simulate
 
 from mxfp8_ops.gpu import direct, lanes, plans_few
-from mxfp8_ops.gpu.plans_few import Direct
+from mxfp8_ops.gpu.kinds_few import Direct
 
 KINDS = [*plans_few.FOUR, *plans_few.EIGHT]
 KIND = pytest.mark.parametrize("kind", KINDS, ids=repr)

@@ -250,7 +250,8 @@ def test_a_strided_bias_reaches_the_kernels_in_order(hopper: torch.device, monke
 @pytest.mark.parametrize(
     ("m", "k", "name"),
     [
-        (8, 256, "mma"),
+        (8, 256, "vectors"),
+        (8, 288, "vectors"),
         (9, 256, "hopper"),
         (64, 256, "hopper"),
         (6144, 256, "hopper"),
@@ -289,10 +290,11 @@ def test_canonical_weights_of_whole_blocks_reach_the_kernels_from_nine_rows_on(
 
 
 @pytest.mark.parametrize(("m", "n", "name"), [(1, 999, "vector"), (2, 32, "gemv"), (2, 33, "mma"), (3, 32, "mma")])
-def test_two_rows_meet_tensor_cores_where_outputs_fill_the_chip(
+def test_before_hopper_two_rows_meet_tensor_cores_where_outputs_fill_the_chip(
     hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, n: int, name: str
 ) -> None:
     """A chip of one multiprocessor, which has work with three programs of 16 outputs each."""
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 9))
     called = []
 
     def kernels(name: str) -> Any:

@@ -21,8 +21,8 @@ from planning import CHIP, EDGES, FORM, PARTIAL, K, N, columns, split_of, tiles_
 
 from mxfp8_ops.gpu import hopper, plans, plans_few, tune
 from mxfp8_ops.gpu.counts import REGISTERS
+from mxfp8_ops.gpu.kinds_few import Direct, Narrow, Row
 from mxfp8_ops.gpu.plans import Plan, Skinny, Wide, candidates, microseconds, plan
-from mxfp8_ops.gpu.plans_few import Direct, Narrow, Row
 
 
 def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:

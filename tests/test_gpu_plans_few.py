@@ -1,4 +1,4 @@
-"""Kinds of the kernels for few rows of x on packed weights, and the model of their time."""
+"""Kinds of the kernels for few rows of x, and the model of their time."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import math
 
 import pytest
 
-from mxfp8_ops.gpu.plans_few import (
-    COSTS,
-    EIGHT,
-    FOUR,
-    NARROW,
-    ROW,
-    Cost,
-    Direct,
-    Few,
-    directs,
-    microseconds,
-    narrows,
-    single_rows,
-)
+from mxfp8_ops.gpu import plans_few, plans_vectors
+from mxfp8_ops.gpu.costs_few import Cost, microseconds
+from mxfp8_ops.gpu.kinds_few import Direct, Few, Narrow
+from mxfp8_ops.gpu.plans_few import EIGHT, FOUR, NARROW, ROW, directs, narrows, single_rows
+
+COSTS: dict[Few, Cost] = {**plans_few.COSTS, **plans_vectors.COSTS}
 
 
 @pytest.mark.parametrize(("kinds", "rows"), [(FOUR, (1, 2, 3, 4)), (EIGHT, (5, 6, 7, 8))], ids=["four", "eight"])
@@ -63,7 +55,9 @@ def test_from_9_rows_on_several_warps_load_no_row_that_x_lacks() -> None:
 
 def outputs(kind: Few) -> int:
     """Of a program."""
-    return 8 * kind.tiles if isinstance(kind, Direct) else 32
+    if isinstance(kind, Direct):
+        return 8 * kind.tiles
+    return 32 if isinstance(kind, Narrow) else kind.outputs
 
 
 def norm(waiting: float, reading: float) -> float:
@@ -74,7 +68,7 @@ def norm(waiting: float, reading: float) -> float:
 def test_the_model_counts_programs_that_run_at_once(kind: Few) -> None:
     """By hand, on a chip of 100 multiprocessors."""
     cost, blocks = COSTS[kind], 4 * kind.warps * kind.blocks
-    if isinstance(kind, Direct):
+    if not isinstance(kind, Narrow):
         at_once = 65536 // (kind.registers * 32 * kind.warps)
     else:
         at_once = {(8, 1): 8, (16, 1): 6}.get((kind.rows, kind.warps), 1)
@@ -83,7 +77,7 @@ def test_the_model_counts_programs_that_run_at_once(kind: Few) -> None:
         return norm(4 * cost.turn, programs * blocks * cost.each) + cost.wave
 
     def found(programs: int) -> float:
-        return microseconds(kind, programs * outputs(kind), blocks * 128, 100)
+        return microseconds(kind, cost, programs * outputs(kind), blocks * 128, 100)
 
     assert found(100 * at_once) == pytest.approx(cost.start + wave(at_once), rel=1e-12)
     assert found(250 * at_once) == pytest.approx(cost.start + 2 * wave(at_once) + wave(at_once / 2), rel=1e-12)
@@ -101,6 +95,6 @@ def test_the_model_counts_turns_of_what_is_left(kind: Few) -> None:
         if 0 < left < warps * kind.blocks:
             blocks = 3 * warps * kind.blocks + left
             expected = cost.start + norm(turns * cost.turn, blocks * cost.each) + cost.wave
-            assert microseconds(kind, n, blocks * 128, 100) == pytest.approx(expected, rel=1e-12)
+            assert microseconds(kind, cost, n, blocks * 128, 100) == pytest.approx(expected, rel=1e-12)
             partly = cost.start + norm(turns * cost.turn, (blocks - 0.75) * cost.each) + cost.wave
-            assert microseconds(kind, n, blocks * 128 - 96, 100) == pytest.approx(partly, rel=1e-12)
+            assert microseconds(kind, cost, n, blocks * 128 - 96, 100) == pytest.approx(partly, rel=1e-12)

@@ -20,8 +20,8 @@ from planning import CHIP, EDGES, FORM, K, N, check_each_block_once, columns, sp
 
 from mxfp8_ops import packing
 from mxfp8_ops.gpu import heights, partial_sums, tiles
+from mxfp8_ops.gpu.kinds_few import Direct
 from mxfp8_ops.gpu.plans import Skinny, Wide, candidates, plan
-from mxfp8_ops.gpu.plans_few import Direct
 
 STORING: int = partial_sums.STORING.value
 

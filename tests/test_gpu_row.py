@@ -21,7 +21,7 @@ from compiling import check_fits, check_waits, compiled, what_codes_mean
 from simulating import DTYPE, DTYPES, Pointer, packed_codes, simulate
 
 from mxfp8_ops.gpu import plans_few, row
-from mxfp8_ops.gpu.plans_few import Row
+from mxfp8_ops.gpu.kinds_few import Row
 
 KIND = pytest.mark.parametrize("kind", plans_few.ROW, ids=repr)
 

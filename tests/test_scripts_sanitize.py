@@ -221,3 +221,8 @@ def test_cases_launch_every_kernel_for_hopper(sanitize: ModuleType, monkeypatch:
         assert direct == ({*plans_few.ROW, *plans_few.FOUR, *plans_few.EIGHT} if packed else set())
         narrow = {plan for plan in planned if isinstance(plan, plans_few.Narrow)}
         assert narrow == (set(plans_few.NARROW) if packed else set())
+    plans_vectors = importlib.import_module("mxfp8_ops.gpu.plans_vectors")
+    for whole_blocks in (True, False):
+        assert {kind for problem, kind in cases._vectors() if (problem.k % 128 == 0) == whole_blocks} == set(
+            plans_vectors.COSTS
+        )

@@ -44,6 +44,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out.view(*x.shape[:-1], -1)
 
 
+_VECTORS_ROWS = 8
 _HOPPER_ROWS = 9  # from here on, the kernels for Hopper's tensor cores are the fastest
 _MMA_ROWS = 64
 _MOST_ROWS = 6144  # beyond, it hardly matters how long it takes to dequantize a canonical weight once
@@ -72,8 +73,8 @@ def _in_gluon(
     if hopper is not None:
         return hopper.linear, ()
     processors = _processors(device)
-    if rows == 1:
-        kernels = _gluon_kernels("vector")
+    if rows == 1 or (rows <= _VECTORS_ROWS and _capability(device) >= (9, 0)):
+        kernels = _gluon_kernels("vector" if rows == 1 else "vectors")
         return (None, ()) if kernels is None else (kernels.linear, (processors,))
     kernels = _gluon_kernels("mma") if rows <= _MMA_ROWS else None
     if kernels is None or (rows == 2 and not kernels.fills(n, processors)):

@@ -13,10 +13,10 @@ from . import partial_sums
 from .counts import divided
 from .direct import mxfp8_linear_direct
 from .heights import box_rows
+from .kinds_few import Direct, Narrow, Row
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
 from .plans import Plan, Skinny, Wide, candidates, plan, tiles_of
-from .plans_few import Direct, Narrow, Row
 from .row import mxfp8_linear_row
 from .skinny import mxfp8_linear_skinny
 from .tune import best

@@ -17,8 +17,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .fragments import halves
-from .mma_layouts import copy_layout, group_layout, in_order_of_instruction, swizzled, weight_layout, x_layout
+from .mma_layouts import (
+    copy_layout,
+    first_places,
+    group_layout,
+    in_order_of_instruction,
+    places_in_turn,
+    swizzled,
+    weight_layout,
+    x_layout,
+    x_operand,
+)
 from .places import places_along
 from .versions import copy_to_shared
 from .warp_sums import sum_of_warps
@@ -123,7 +132,7 @@ def _direct(
         word = gl.load(words + turn * (ALONG * BK // 4), eviction_policy="evict_first")
         code = gl.load(scales + turn * (ALONG * BK // 32))
         pair = gl.load(pairs + turn * (ALONG * BK // 2))
-        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), x_operand(pair, RUN, MMA, DTYPE), total)
     return total
 
 
@@ -153,9 +162,9 @@ def _staged(
     ALONG: gl.constexpr = MMA.warps_per_cta[0]
     WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
     PAIR: gl.constexpr = x_layout(2, BM, BK, RUN, MMA)
-    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
-    words = _places(weight, column, N, K, ALONG, BN, BK, 4, copy_layout(4, BK, MMA))
-    pairs = _places(x, row, M, K, ALONG, BM, BK, 2, copy_layout(2, BK, MMA))
+    scales = first_places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
+    words = first_places(weight, column, N, K, ALONG, BN, BK, 4, copy_layout(4, BK, MMA))
+    pairs = first_places(x, row, M, K, ALONG, BM, BK, 2, copy_layout(2, BK, MMA))
     word_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BN, BK // 4], swizzled(4, BK, RUN))
     pair_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BM, BK // 2], swizzled(2, BK, RUN))
     for i in gl.static_range(STAGES - 1):
@@ -169,7 +178,7 @@ def _staged(
         stage = (turn - first) % STAGES
         word = word_stages.index(stage).load(WORD)
         pair = pair_stages.index(stage).load(PAIR)
-        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), x_operand(pair, RUN, MMA, DTYPE), total)
         free = (turn - first + STAGES - 1) % STAGES
         _copy(words, pairs, word_stages.index(free), pair_stages.index(free), turn + STAGES - 1, last)
     async_copy.wait_group(0)  # copies of turns that there are not write zeros: not into what is stored here next
@@ -212,10 +221,10 @@ def _rest(
     PAIR: gl.constexpr = x_layout(2, BM, BK, RUN, MMA)
     left = K - turns * (ALONG * BK)
     words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
-    word = gl.load(words + turns * (ALONG * BK // 4), mask=_along(ALONG, BK, 4, WORD) < left // 4, other=0)
-    code = gl.load(scales + turns * (ALONG * BK // 32), mask=_along(ALONG, BK, 32, GROUP) < left // 32, other=0)
-    pair = gl.load(pairs + turns * (ALONG * BK // 2), mask=_along(ALONG, BK, 2, PAIR) < left // 2, other=0)
-    return mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), _x_operand(pair, RUN, MMA, DTYPE), total)
+    word = gl.load(words + turns * (ALONG * BK // 4), mask=places_in_turn(ALONG, BK, 4, WORD) < left // 4, other=0)
+    code = gl.load(scales + turns * (ALONG * BK // 32), mask=places_in_turn(ALONG, BK, 32, GROUP) < left // 32, other=0)
+    pair = gl.load(pairs + turns * (ALONG * BK // 2), mask=places_in_turn(ALONG, BK, 2, PAIR) < left // 2, other=0)
+    return mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), x_operand(pair, RUN, MMA, DTYPE), total)
 
 
 @gluon.jit
@@ -237,37 +246,9 @@ def _first_turn(
     """Where each lane finds its words of the weight, its scales and its pairs of x in the first turn."""
     ALONG: gl.constexpr = MMA.warps_per_cta[0]
     WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
-    words = _places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
-    scales = _places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
-    return words, scales, _places(x, row, M, K, ALONG, BM, BK, 2, x_layout(2, BM, BK, RUN, MMA))
-
-
-@gluon.jit
-def _places(
-    base,
-    first,
-    rows,
-    K,
-    ALONG: gl.constexpr,
-    SIZE: gl.constexpr,
-    BK: gl.constexpr,
-    HELD: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Pointers ``[ALONG, SIZE, BK / HELD]`` to what the first turn takes of SIZE rows of a matrix, whose items hold
-    HELD elements of K each.
-
-    Rows past the end are the last one again, and are not stored: loads without masks are faster. K is a multiple of 32:
-    saying so keeps them wide.
-    """
-    row = gl.minimum(first + places_along(SIZE, 1, 3, LAYOUT), rows - 1).to(gl.int64)
-    return base + row * (K // 32 * (32 // HELD)) + _along(ALONG, BK, HELD, LAYOUT)
-
-
-@gluon.jit
-def _along(ALONG: gl.constexpr, BK: gl.constexpr, HELD: gl.constexpr, LAYOUT: gl.constexpr):
-    """Places along K ``[ALONG, 1, BK / HELD]`` within a turn: the warps' parts follow each other."""
-    return places_along(ALONG, 0, 3, LAYOUT) * (BK // HELD) + places_along(BK // HELD, 2, 3, LAYOUT)
+    words = first_places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
+    scales = first_places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
+    return words, scales, first_places(x, row, M, K, ALONG, BM, BK, 2, x_layout(2, BM, BK, RUN, MMA))
 
 
 @gluon.jit
@@ -292,12 +273,3 @@ def _power(code):
     bits = gl.maximum(code.to(gl.int32) << 23, 0x00400000)
     bits = gl.where(bits == 0x7F800000, 0x7FC00000, bits)
     return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _x_operand(pairs, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
-    """Pairs of elements of x ``[ALONG, BM, BK / 2]`` as operand B."""
-    one, other = halves(pairs)
-    rows = gl.reshape(gl.join(one, other), [pairs.shape[0], pairs.shape[1], pairs.shape[2] * 2])
-    rows = gl.permute(in_order_of_instruction(rows.to(DTYPE, bitcast=True), RUN), (0, 2, 1))
-    return gl.convert_layout(rows, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)

@@ -23,7 +23,8 @@ from typing import ClassVar, TypeAlias
 
 from . import plans_few
 from .counts import divided
-from .plans_few import Direct, Narrow, directs, fewest, narrows, single_rows
+from .kinds_few import Direct, Narrow
+from .plans_few import directs, fewest, narrows, single_rows
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
 """How the kernels for few rows of x cut up their work, ``row``, ``direct`` and ``narrow``: on packed weights.
 
-A model of their time chooses. A multiprocessor runs some programs at once, and begins the next one when one of them
-ends. As long as there are many, what they take is what their bytes take; where few are left, or many warps share few
-blocks of K, it is how long one program waits for its loads; in between a little more than either.
-
-The tables were fitted to times of H200s (132 multiprocessors): first of all so that the model prefers fast kinds.
+A model of their time chooses: see ``costs_few``. The tables were fitted to times of H200s (132 multiprocessors): first
+of all so that the model prefers fast kinds.
 
 - ``direct``: with 4 and 8 rows of x and weights of 40 shapes, from 256x4096 to 28672x8192, some of them with x of
   float16, too, beginning with what had been fitted to earlier kernels and 89 shapes. Each time was one of 450 MB of
@@ -24,110 +21,10 @@ The tables were fitted to times of H200s (132 multiprocessors): first of all so 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
 
-from .counts import REGISTERS, divided
-
-
-@dataclass(frozen=True)
-class Direct:
-    """The kernel in ``direct``: rows of x (4 or 8), tiles of 8 outputs and warps of a program, blocks of K that a warp
-    takes in a turn, registers of a lane.
-    """
-
-    rows: int
-    tiles: int
-    warps: int
-    blocks: int
-    registers: int = 64
-
-    @property
-    def constants(self) -> tuple[int, ...]:
-        """Of the kernel."""
-        return self.rows, self.tiles, self.warps, self.blocks
-
-    @property
-    def together(self) -> int:
-        """Blocks of K that a program takes in a turn."""
-        return self.warps * self.blocks
-
-    def programs(self, n: int) -> int:
-        """For so many outputs."""
-        return divided(2 * divided(n, 16), self.tiles)
-
-    @property
-    def at_once(self) -> int:
-        """Programs that a multiprocessor runs at the same time."""
-        return REGISTERS // (self.registers * 32 * self.warps)
-
-
-@dataclass(frozen=True)
-class Row(Direct):
-    """The kernel in ``row``, for one row of x."""
-
-    @property
-    def constants(self) -> tuple[int, ...]:
-        """Of the kernel."""
-        return self.tiles, self.warps, self.blocks
-
-    def memory(self, k: int) -> int:
-        """Bytes of shared memory for x that the programs of a multiprocessor take, two for an element of a row whose
-        length is a power of two.
-        """
-        return self.at_once * (2 << (k - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """The kernel in ``narrow``: rows of x (8, 16 or 32), warps of a program, stages."""
-
-    rows: int
-    warps: int
-    stages: int
-
-    blocks: ClassVar = 1
-    """Of K, that a warp takes in a turn."""
-
-    @property
-    def together(self) -> int:
-        """Blocks of K that a program takes in a turn."""
-        return self.warps
-
-    @property
-    def box(self) -> int:
-        """Rows of x in a copy: half of them, so that all are there even if x has just more than half, but not less than
-        8, after which the order in shared memory repeats. A single warp has no time for a second copy.
-        """
-        return self.rows if self.warps == 1 else max(self.rows // 2, 8)
-
-    def programs(self, n: int) -> int:
-        """For so many outputs."""
-        return divided(n, 32)
-
-    @property
-    def at_once(self) -> int:
-        """Programs that a multiprocessor runs at the same time: of several warps one, which have all registers then;
-        else as many as it has memory for.
-        """
-        return 1 if self.warps > 1 else 8 if self.rows == 8 else 6
-
-
-Few: TypeAlias = Direct | Narrow
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Microseconds that a kind takes: ``start`` to begin and to end, and ``wave`` whenever the programs of a
-    multiprocessor have been replaced by the next ones. For every turn those take ``turn``, which is waiting, or for
-    every block of 128 elements of K ``each`` for each program, which is reading: the norm of the two, ``OVERLAP``.
-    """
-
-    start: float
-    wave: float
-    turn: float
-    each: float
-
+from . import costs_few
+from .costs_few import Cost, with_work
+from .kinds_few import Direct, Few, Narrow, Row
 
 ROW: dict[Row, Cost] = {
     Row(1, 1, 16, 2, 64): Cost(2.2532, 0.2019, 0.3321, 0.0312),
@@ -182,15 +79,6 @@ NARROW: dict[Narrow, Cost] = {
 
 COSTS = dict[Few, Cost]([*ROW.items(), *FOUR.items(), *EIGHT.items(), *NARROW.items()])
 
-OVERLAP = 4
-"""Exponent of the norm of waiting and reading: infinite, and only the longer of the two would count."""
-
-REST = 0.7
-"""Of a turn with more blocks of K than one for each warp: what one with a single block takes."""
-
-WORKING = 0.75
-"""Of a program's warps, which have work at least: kinds with fewer were not measured."""
-
 
 def single_rows(m: int, k: int) -> list[Row]:
     """The kinds of ``row`` for a problem: none, if there is more than a row, or it is long."""
@@ -206,12 +94,8 @@ def fewest(m: int, k: int) -> list[Direct]:
 
 
 def directs(m: int, k: int) -> list[Direct]:
-    """The kinds for so many rows, up to eight, three quarters of whose warps have work. With too few blocks of K, those
-    of which the fewest have none.
-    """
-    kinds = FOUR if m <= 4 else EIGHT
-    most = max(divided(k, 128) / WORKING, min(kind.together for kind in kinds))
-    return [kind for kind in kinds if kind.together <= most]
+    """The kinds for so many rows, up to eight, and so much of K."""
+    return with_work(FOUR if m <= 4 else EIGHT, k)
 
 
 def narrows(m: int, k: int) -> Iterator[Narrow]:
@@ -222,21 +106,4 @@ def narrows(m: int, k: int) -> Iterator[Narrow]:
 
 def microseconds(kind: Few, n: int, k: int, processors: int) -> float:
     """What a kind will take, by the model."""
-    cost = COSTS[kind]
-    waves, rest = divmod(kind.programs(n), kind.at_once * processors)
-    time = cost.start + waves * _wave(kind, kind.at_once, k)
-    return time + _wave(kind, rest / processors, k) if rest else time
-
-
-def _wave(kind: Few, programs: float, k: int) -> float:
-    """As many programs of a multiprocessor, at the same time."""
-    cost = COSTS[kind]
-    waiting = _turns(kind, k) * cost.turn
-    reading = programs * (k / 128) * cost.each
-    return float((waiting**OVERLAP + reading**OVERLAP) ** (1 / OVERLAP) + cost.wave)
-
-
-def _turns(kind: Few, k: int) -> float:
-    """Whole turns, and what is left of K after them, of which a warp takes one block at a time."""
-    whole, left = divmod(divided(k, 128), kind.together)
-    return whole + divided(left, kind.warps) * (1 if kind.blocks == 1 else REST)
+    return costs_few.microseconds(kind, COSTS[kind], n, k, processors)

@@ -17,8 +17,8 @@ from torch import Tensor
 import mxfp8_ops
 from mxfp8_ops import reference
 from mxfp8_ops.format import QUANTIZE_RULES
-from mxfp8_ops.gpu import dispatch, elementwise, hopper, partial_sums, plans
-from mxfp8_ops.gpu.plans_few import Direct, Narrow, Row
+from mxfp8_ops.gpu import dispatch, elementwise, hopper, partial_sums, plans, plans_vectors, vectors
+from mxfp8_ops.gpu.kinds_few import Direct, Narrow, Row, Vectors
 from mxfp8_ops.packing import PACKED_FOR
 
 from .case import DTYPES, Case, packed_for
@@ -42,6 +42,8 @@ def cases() -> Iterator[Case]:
     if dispatch.reads_packed(torch.device("cuda", torch.cuda.current_device())):
         for problem, plan in _planned():
             yield Case(f"{problem}, {plan}", partial(_linear, problem, _with(plan)))
+        for problem, kind in _vectors():
+            yield Case(f"{problem}, {kind}", partial(_linear, problem, _with_kind(kind)))
 
 
 # --- elementwise ---------------------------------------------------------------------------------------------
@@ -129,6 +131,13 @@ def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
         yield from (plans.Wide(2, 0, plan.rows), *(plans.Wide(programs, 3, plan.rows) for programs in (2, 8, 9)))
 
 
+def _vectors() -> Iterator[tuple[Problem, Vectors]]:
+    """Every kind of that kernel, on whole turns and on what is left: scales come in bytes, or in words."""
+    for kind in plans_vectors.COSTS:
+        for dtype, k in zip(DTYPES[:2], (4128, 4224), strict=True):
+            yield Problem(kind.rows - 1, 300, k, dtype, False), kind
+
+
 Weight: TypeAlias = tuple[Tensor, ...]
 """On the device: ``(packed,)`` or ``(weight, scale)``."""
 Linear: TypeAlias = Callable[[Problem, Tensor, Weight, Tensor | None], Tensor]
@@ -160,6 +169,13 @@ def _with(plan: plans.Plan) -> Linear:
         with mock.patch.object(partial_sums, "memory", partial(_unsaid, partial_sums.memory)):
             hopper._run(plan, x, words, bias, out)
         return out
+
+    return linear
+
+
+def _with_kind(kind: Vectors) -> Linear:
+    def linear(_: Problem, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        return vectors.run_kind(x, weight[0], weight[1], bias, kind)
 
     return linear
 
