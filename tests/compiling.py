@@ -96,7 +96,7 @@ class Compiled:
 
 
 def launches(
-    plan: plans.Plan | Vectors,
+    plan: plans.Plan,
     m: int,
     n: int,
     k: int,
@@ -111,9 +111,9 @@ def launches(
             patch.setattr(module, "launch", lambda *args, **options: recorded.append(Launch(*args, **options)))
         x, out = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
         offset = torch.empty(n, dtype=dtype) if bias else None
-        if isinstance(plan, Vectors):
+        if isinstance(plan, Vectors):  # on any K
             codes = torch.empty(n, k, dtype=torch.uint8), torch.empty(n, k // 32, dtype=torch.uint8)
-            vectors.run_kind(x, *codes, offset, plan)
+            vectors.run(plan, x, *codes, offset, out)
         else:
             hopper._run(plan, x, source_of(n, k, packed, dtype), offset, out)
     return recorded
@@ -216,7 +216,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def compiled(
-    plan: plans.Plan | Vectors, packed: bool, n: int, dtype: torch.dtype, bias: bool, folder: Path, less: int = 0
+    plan: plans.Plan, packed: bool, n: int, dtype: torch.dtype, bias: bool, folder: Path, less: int = 0
 ) -> Compiled:
     k = 4128 if less and isinstance(plan, Vectors) else 4096
     launch = launches(plan, plan.rows - less, n, k, dtype, bias, packed)[0]
@@ -228,7 +228,7 @@ def compiled(
         raise
 
 
-def compiled_at_an_end(plan: plans.Plan | Vectors, packed: bool, dtype: torch.dtype, folder: Path) -> Compiled:
+def compiled_at_an_end(plan: plans.Plan, packed: bool, dtype: torch.dtype, folder: Path) -> Compiled:
     """At one of ENDS, another one for each dtype, and the other way round for canonical weights."""
     n, bias, less = ENDS[DTYPES.index(dtype) if packed else 1 - DTYPES.index(dtype)]
     return compiled(plan, packed, n, dtype, bias, folder, less)

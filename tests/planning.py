@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from mxfp8_ops.gpu.kinds_few import Direct, Narrow
+from mxfp8_ops.gpu.kinds_few import Direct, Narrow, Vectors
 from mxfp8_ops.gpu.plans import Plan, Skinny, Wide
 
 CHIP = pytest.mark.parametrize("processors", [78, 114, 132])
@@ -26,6 +26,8 @@ def columns(chosen: Plan) -> int:
     """Outputs of a tile."""
     if isinstance(chosen, Direct | Narrow):
         return 8 if isinstance(chosen, Direct) else 32
+    if isinstance(chosen, Vectors):
+        return chosen.outputs
     return 64 * chosen.across if isinstance(chosen, Skinny) else 128
 
 

@@ -19,9 +19,9 @@ pytest.importorskip("triton.experimental.gluon")
 from compiling import one_tile, source_of, tiled_kernels
 from planning import CHIP, EDGES, FORM, PARTIAL, K, N, columns, split_of, tiles_of
 
-from mxfp8_ops.gpu import hopper, plans, plans_few, tune
+from mxfp8_ops.gpu import hopper, plans, plans_few, plans_vectors, tune
 from mxfp8_ops.gpu.counts import REGISTERS
-from mxfp8_ops.gpu.kinds_few import Direct, Narrow, Row
+from mxfp8_ops.gpu.kinds_few import Direct, Narrow, Row, Vectors
 from mxfp8_ops.gpu.plans import Plan, Skinny, Wide, candidates, microseconds, plan
 
 
@@ -42,6 +42,11 @@ def check(chosen: Plan, m: int, n: int, k: int, packed: bool) -> None:
         assert k % 128 == 0, problem
         assert m <= chosen.rows, problem
         assert chosen in plans_few.NARROW, problem  # which tests/test_gpu_hopper.py compiles
+        return
+    if isinstance(chosen, Vectors):
+        assert not packed, problem
+        assert m <= chosen.rows <= 16, problem
+        assert chosen in plans_vectors.COSTS, problem  # which tests/test_gpu_vectors.py compiles
         return
     blocks = math.ceil(k / 128)
     if isinstance(chosen, Skinny):

@@ -104,8 +104,11 @@ def test_both_forms_are_cut_up_alike(processors: int) -> None:
     """So what is shown here of packed weights holds for canonical ones."""
     of_the_weight = "elements", "scales", "packed", "PACKED"
     for size in SIZES:
-        found = [candidates(*size, processors, packed) for packed in (True, False)]
-        assert [each for each in found[0] if isinstance(each, Skinny | Wide)] == found[1]
+        found = [
+            [each for each in candidates(*size, processors, packed) if isinstance(each, Skinny | Wide)]
+            for packed in (True, False)
+        ]
+        assert found[0] == found[1]
     for chosen, m, n, k in _different(processors, Skinny | Wide):
         if k % 128 == 0:
             for one, other in zip(launches(chosen, m, n, k), launches(chosen, m, n, k, packed=False), strict=True):

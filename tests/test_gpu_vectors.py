@@ -1,4 +1,4 @@
-"""The kernel for two to eight rows of x on a weight as it is stored, without a chip: compiled, and simulated on a CPU.
+"""The kernel for two to 16 rows of x on a weight as it is stored, without a chip: compiled, and simulated on the CPU.
 Results on a chip are in tests/test_gpu.py and test_gpu_vectors_on_chip.py.
 """
 
@@ -33,7 +33,7 @@ from mxfp8_ops.gpu import fragments, mma_layouts, plans_vectors, scaled_codes, v
 from mxfp8_ops.gpu import places as numbers
 from mxfp8_ops.gpu.kinds_few import Vectors
 
-KINDS = [*plans_vectors.FOUR, *plans_vectors.EIGHT]
+KINDS = [*plans_vectors.COSTS]
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -113,14 +113,25 @@ def computed(
 @DTYPE
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 1, 32), (2, 7, 96), (3, 33, 288), (4, 40, 1024), (3, 20, 1920), (5, 17, 1056), (8, 130, 512), (7, 9, 1664)],
+    [
+        (1, 1, 32),
+        (2, 7, 96),
+        (3, 33, 288),
+        (4, 40, 1024),
+        (3, 20, 1920),
+        (5, 17, 1056),
+        (8, 130, 512),
+        (7, 9, 1664),
+        (9, 33, 800),
+        (16, 24, 640),
+    ],
 )
 def test_it_computes_linear_for_any_shape_and_reads_nothing_else(
     simulated: SimpleNamespace, dtype: torch.dtype, m: int, n: int, k: int
 ) -> None:
     x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
-    kinds = (Vectors(4, 8, 2, 2), Vectors(4, 16, 4, 1)) if m <= 4 else (Vectors(8, 8, 4, 1), Vectors(8, 16, 2, 1))
-    for kind, offset in zip(kinds, (bias, None), strict=True):
+    rows = 4 if m <= 4 else 8 if m <= 8 else 16
+    for kind, offset in ((Vectors(rows, 8, 2, 2), bias), (Vectors(rows, 16, 4, 1), None)):
         actual = computed(simulated, x, weight, scale, offset, kind)
         assert_same(actual, reference.linear(x, weight, scale, offset))
 
@@ -140,11 +151,11 @@ def test_it_decodes_every_element(simulated: SimpleNamespace, dtype: torch.dtype
 
 
 def test_a_kind_takes_all_rows_of_x_and_has_work_for_most_of_its_warps() -> None:
-    for m in range(2, 9):
+    for m in range(2, 17):
         for n in (1, 7, 288, 1024, 4097, 28672, 151936):
             for k in (32, 96, 256, 1024, 3584, 4096, 28672):
                 kind = plans_vectors.plan(m, n, k, 132)
-                assert kind.rows == (4 if m <= 4 else 8)
+                assert kind.rows == (4 if m <= 4 else 8 if m <= 8 else 16)
                 assert kind.together <= max(k / 128 / 0.75, 4)
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from .. import packing, settings
-from . import partial_sums
+from . import partial_sums, vectors
 from .counts import divided
 from .direct import mxfp8_linear_direct
 from .heights import box_rows
-from .kinds_few import Direct, Narrow, Row
+from .kinds_few import Direct, Narrow, Row, Vectors
 from .launch import box, launch
 from .narrow import mxfp8_linear_narrow
 from .plans import Plan, Skinny, Wide, candidates, plan, tiles_of
@@ -84,6 +84,9 @@ def _run(chosen: Plan, x: Tensor, source: Tensor | Canonical, bias: Tensor | Non
         _skinny(chosen, x, source, bias, out)
     elif isinstance(chosen, Wide):
         _wide(chosen, x, source, bias, out)
+    elif isinstance(chosen, Vectors):
+        assert isinstance(source, Canonical)
+        vectors.run(chosen, x, source.weight, source.scale, bias, out)
     else:
         assert isinstance(source, Tensor)
         if isinstance(chosen, Row):

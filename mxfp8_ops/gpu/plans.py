@@ -12,7 +12,8 @@ first of all so that it prefers fast plans. ``MXFP8_AUTOTUNE=1`` measures the sa
   most of them with 48 and 64 rows, and of canonical weights nearly all. Of what was measured, its choice took 1.005
   times as long as the fastest plan on average, 1.11 at worst, with 96 rows; with 48 and 64 rows 1.004 and 1.03, where
   it had been 1.049 and 1.21 without those kernels.
-- For up to 32 rows and packed weights there are other kernels, too: see ``plans_few``.
+- For up to 32 rows and packed weights there are other kernels, too: see ``plans_few``; for up to 16 and canonical ones
+  another one: see ``plans_vectors``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
-from . import plans_few
+from . import plans_few, plans_vectors
 from .counts import divided
-from .kinds_few import Direct, Narrow
+from .kinds_few import Direct, Narrow, Vectors
 from .plans_few import directs, fewest, narrows, single_rows
 
 
@@ -76,7 +77,7 @@ class Wide:
         return self.rows, self.stages
 
 
-Plan: TypeAlias = Direct | Narrow | Skinny | Wide
+Plan: TypeAlias = Direct | Narrow | Vectors | Skinny | Wide
 Tiled: TypeAlias = Skinny | Wide
 
 
@@ -171,14 +172,26 @@ def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
 
 def candidates(m: int, n: int, k: int, processors: int, packed: bool = True) -> Sequence[Plan]:
     """Plans worth measuring."""
-    few = [*single_rows(m, k), *(directs(m, k) if m <= 8 else ()), *narrows(m, k)] if packed else []
-    return [*few, *_tiled(m, n, k, processors)]
+    return [*_few(m, k, packed), *_tiled(m, n, k, processors)]
+
+
+def _few(m: int, k: int, packed: bool) -> Iterator[Plan]:
+    """Every kernel for few rows of x."""
+    if packed:
+        yield from single_rows(m, k)
+        if m <= 8:
+            yield from directs(m, k)
+        yield from narrows(m, k)
+    elif m <= 16:
+        yield from plans_vectors.kinds(m, k)
 
 
 def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: bool) -> float:
     """What a choice will take, by the model."""
     if isinstance(choice, Direct | Narrow):
         return plans_few.microseconds(choice, n, k, processors)
+    if isinstance(choice, Vectors):
+        return plans_vectors.microseconds(choice, n, k, processors)
     blocks = divided(k, 128)
     tiles = tiles_of(choice, m, n)
     if isinstance(choice, Wide):

@@ -1,16 +1,22 @@
-"""How ``vectors`` cuts up its work: linear for two to eight rows of x on a weight as it is stored.
+"""How ``vectors`` cuts up its work: linear for two to sixteen rows of x on a weight as it is stored.
 
-A model of its time chooses: see ``costs_few``. The tables were fitted to times of two H200s (132 multiprocessors), with
-4 and 8 rows of x of bfloat16 and weights of 39 shapes, from 256x4096 to 28672x8192; each time was one of 450 MB of
-weights in turn. The model's choice took 1.007 (4 rows) and 1.006 times (8) as long as the fastest of 12 kinds and of 8
-on average, 1.06 and 1.09 times at worst; for fifths of the shapes without which it was fitted 1.011 and 1.006.
+A model of its time chooses: see ``costs_few``. The tables were fitted to times of H200s (132 multiprocessors), each one
+of 450 MB of weights in turn, with x of bfloat16.
+
+- With 4 and 8 rows of x and weights of 39 shapes, from 256x4096 to 28672x8192. The model's choice took 1.007 (4 rows)
+  and 1.006 times (8) as long as the fastest of 12 kinds and of 8 on average, 1.06 and 1.09 times at worst; for fifths
+  of the shapes without which it was fitted 1.011 and 1.006.
+- With 16 rows and 31 of these shapes, all of whose K is whole turns. On Hopper there is ``skinny`` to choose from, too:
+  see ``plans``. Both models' choice took 1.004 times as long as the fastest of both on average, 1.06 at worst, and 0.91
+  times as long as the choice of ``skinny`` alone, 0.65 to 1.03.
 """
 
 from __future__ import annotations
 
 import functools
 
-from .costs_few import Cost, microseconds, with_work
+from . import costs_few
+from .costs_few import Cost, with_work
 from .kinds_few import Vectors
 
 FOUR: dict[Vectors, Cost] = {
@@ -34,15 +40,28 @@ EIGHT: dict[Vectors, Cost] = {
 }
 """For up to eight."""
 
-COSTS = {**FOUR, **EIGHT}
+SIXTEEN: dict[Vectors, Cost] = {
+    Vectors(16, 8, 16, 1, 96): Cost(1.5693, 1.0177, 0.9223, 0.0494),
+    Vectors(16, 16, 16, 1, 96): Cost(1.8501, 0.9149, 1.2126, 0.073),
+    Vectors(16, 16, 8, 1, 96): Cost(1.8708, 0.519, 1.0722, 0.0781),
+    Vectors(16, 16, 4, 1, 96): Cost(2.3075, 0.0746, 0.9675, 0.0775),
+}
+"""For up to sixteen."""
+
+COSTS = {**FOUR, **EIGHT, **SIXTEEN}
 
 
 def kinds(m: int, k: int) -> list[Vectors]:
-    """Those for so many rows, up to eight, and so much of K."""
-    return with_work(FOUR if m <= 4 else EIGHT, k)
+    """Those for so many rows, up to sixteen, and so much of K."""
+    return with_work(FOUR if m <= 4 else EIGHT if m <= 8 else SIXTEEN, k)
 
 
 @functools.cache
 def plan(m: int, n: int, k: int, processors: int) -> Vectors:
     """What the model takes for the fastest on a chip of as many multiprocessors: x ``[m, k]``, a weight ``[n, k]``."""
-    return min(kinds(m, k), key=lambda kind: microseconds(kind, COSTS[kind], n, k, processors))
+    return min(kinds(m, k), key=lambda kind: microseconds(kind, n, k, processors))
+
+
+def microseconds(kind: Vectors, n: int, k: int, processors: int) -> float:
+    """What a kind will take, by the model."""
+    return costs_few.microseconds(kind, COSTS[kind], n, k, processors)

@@ -1,4 +1,4 @@
-"""Linear for two to eight rows of x on a weight as it is stored, in Gluon: both go from memory straight to registers.
+"""Linear for two to sixteen rows of x on a weight as it is stored, in Gluon: both go from memory straight to registers.
 
 A matrix instruction does not care which elements of K a lane holds, if only both operands agree. So a lane takes 16
 consecutive codes of a row, four lanes 64 bytes of it, and the same elements of x: see ``mma_layouts``. Warps stand
@@ -13,8 +13,6 @@ For chips that convert e4m3 themselves and multiply bfloat16 two at a time: NVID
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -46,21 +44,21 @@ _RUN = gl.constexpr(16)  # consecutive elements that a lane takes
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, processors: int) -> Tensor:
-    """``x [M, K]`` bfloat16 or float16 with 1 <= M <= 8, ``weight [N, K]``, ``scale [N, K/32]``, ``bias [N]``, all
+    """``x [M, K]`` bfloat16 or float16 with 1 <= M <= 16, ``weight [N, K]``, ``scale [N, K/32]``, ``bias [N]``, all
     contiguous, the first three at multiples of 16 bytes; gives ``[M, N]``.
     """
     (m, k), n = x.shape, len(weight)
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     chosen = plan(m, n, k, processors)
     if settings.autotune():
-        run = functools.partial(run_kind, x, weight, scale, bias)
-        chosen = best("vectors", (m, n, k, x.dtype), kinds(m, k), chosen, run)
-    return run_kind(x, weight, scale, bias, chosen)
+        chosen = best("vectors", (m, n, k, x.dtype), kinds(m, k), chosen, lambda c: run(c, x, weight, scale, bias, out))
+    run(chosen, x, weight, scale, bias, out)
+    return out
 
 
-def run_kind(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kind: Vectors) -> Tensor:
-    """The same by a kind that takes as many rows."""
-    (m, k), n = x.shape, len(weight)
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+def run(kind: Vectors, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The same by a kind that takes as many rows, to ``out [M, N]``. Weight and scale may also be given as int32."""
+    (m, k), n = x.shape, out.shape[1]
     scales = scale.view(torch.int32) if k % 128 == 0 else scale
     launch(
         mxfp8_linear_vectors,
@@ -70,7 +68,6 @@ def run_kind(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kind
         num_warps=kind.warps,
         maxnreg=kind.registers,
     )
-    return out
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -83,7 +80,7 @@ def mxfp8_linear_vectors(
     M,
     N,
     K,
-    ROWS: gl.constexpr,  # 4 or 8, at least M
+    ROWS: gl.constexpr,  # 4, 8 or 16, at least M
     OUTPUTS: gl.constexpr,  # of a program: 8 or 16
     GROUPS: gl.constexpr,  # 2, if OUTPUTS are 8 or ROWS are 4
     WARPS: gl.constexpr,

@@ -122,7 +122,7 @@ def _small(plan: plans.Plan) -> Iterator[plans.Plan]:
     tiles after another then and share one, eight, of which several store parts of one tile, and nine, which have equal
     parts, so short that some have none.
     """
-    if isinstance(plan, Direct | Narrow):
+    if isinstance(plan, Direct | Narrow | Vectors):
         yield plan
     elif isinstance(plan, plans.Skinny):
         if plan.parts <= 2:
@@ -174,8 +174,10 @@ def _with(plan: plans.Plan) -> Linear:
 
 
 def _with_kind(kind: Vectors) -> Linear:
-    def linear(_: Problem, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        return vectors.run_kind(x, weight[0], weight[1], bias, kind)
+    def linear(problem: Problem, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
+        vectors.run(kind, x, weight[0], weight[1], bias, out)
+        return out
 
     return linear
 
