@@ -35,7 +35,7 @@ def test_a_run_prints_stores_and_describes_everything(
     out = capsys.readouterr().out
     data, text = json.loads(stored.read_text()), page.read_text()
 
-    assert [len(records) for records in data["sections"].values()] == [3, 12, 2, 1]
+    assert [len(records) for records in data["sections"].values()] == [3, 12, 2, 2]
     assert data["environment"]["command"].endswith("--json run.json --markdown run.md")
     first, second, third = (data["sections"]["linear"][i] for i in (0, 1, 2))
     assert first["times"]["packed"] == {"us": 12.5, "spread": 4.0}
@@ -45,7 +45,7 @@ def test_a_run_prints_stores_and_describes_everything(
     assert "emulated" not in second["times"]
     assert all(1e-4 < error < 5e-3 for record in (first, third) for error in record["errors"].values())
 
-    assert "[ 1/18] elementwise" in out
+    assert "[ 1/19] elementwise" in out
     assert "64x64        M=1     packed 1.25 R!  canonical 1.05 R  folded 1.01 B  emulated 20.00 B" in out
     assert "M=15 (3.00)" in out
     assert "5 of 24 bars missed" in out
@@ -64,7 +64,8 @@ def test_a_run_prints_stores_and_describes_everything(
     assert "| 2 | 1.25 R!, 0.62 B | 1.25 R, 0.62 B | 1.25 R, 0.62 B |" in text  # the small shape has another bar
     assert "| 512 | 0.62 B | 0.62 B | 0.62 B |" in text
     assert "| `no_grad` | 10.0 | 11.0 | 12.0 | 13.0 |" in text
-    assert "64 x 64, M = 1, 8, ..., 295: the largest ratio is 3.00, at M=15." in text
+    for form in ("packed", "canonical"):
+        assert f"{form}, 64 x 64, M = 1, 8, ..., 295: the largest ratio is 3.00, at M=15." in text
     assert "| 15 | 3.00 | 30.00 | 10.00 | 10.00 |" in text
 
 

@@ -44,8 +44,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out.view(*x.shape[:-1], -1)
 
 
-_VECTORS_ROWS = 16
-_HOPPER_ROWS = 9  # from here on, the kernels for Hopper's tensor cores are the fastest
+_VECTORS_ROWS = 16  # from sm_90 on, whose instructions it needs
+_HOPPER_ROWS = 9  # from here on, Hopper has other kernels to choose from
 _MMA_ROWS = 64
 _MOST_ROWS = 6144  # beyond, it hardly matters how long it takes to dequantize a canonical weight once
 

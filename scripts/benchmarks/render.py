@@ -45,7 +45,7 @@ def _cliffs_line(record: Record) -> str:
     (largest, ratio), *_ = _cliffs(record, 0)
     found = ", ".join(f"M={m} ({r:.2f})" for m, r in sorted(_cliffs(record, bars.CLIFF))) or "none"
     most = f"largest ratio to a neighbour {ratio:.2f} at M={largest}"
-    return f"{cell.shape(record):<12} {most}; over {bars.CLIFF}: {found}"
+    return f"{cell.shape(record):<12} {record['column']:<9} {most}; over {bars.CLIFF}: {found}"
 
 
 def _sustained_line(record: Record) -> str:
@@ -210,13 +210,14 @@ def _host_page(records: Sequence[Record]) -> Iterator[str]:
 def _cliffs_page(records: Sequence[Record]) -> Iterator[str]:
     yield "## Cliffs"
     yield ""
-    yield f"Numbers of rows for which `linear_packed` takes more than {bars.CLIFF} times as long as for the next"
-    yield "smaller or larger one that was measured."
+    yield f"Numbers of rows for which a linear takes more than {bars.CLIFF} times as long as for the next smaller or"
+    yield "larger one that was measured."
     for record in records:
         rows = sorted(map(int, record["times"]))
         (largest, ratio), *_ = _cliffs(record, 0)
         yield ""
-        yield f"{cell.spaced(record)}, M = {_series(rows)}: the largest ratio is {ratio:.2f}, at M={largest}."
+        where = f"{record['column']}, {cell.spaced(record)}, M = {_series(rows)}"
+        yield f"{where}: the largest ratio is {ratio:.2f}, at M={largest}."
         found = sorted(_cliffs(record, bars.CLIFF))
         if found:
             yield ""

@@ -21,7 +21,8 @@ from .weight import Weight, random_dense
 
 ERROR_ROWS = 256
 """Rows of a result that are compared with float64, spread evenly."""
-SUSTAINED = ("B", "packed", "canonical")
+FORMS = ("packed", "canonical")
+SUSTAINED = ("B", *FORMS)
 SUSTAINED_SECONDS = 0.5
 """For which each of these runs before it is timed, and then for the time."""
 
@@ -132,25 +133,30 @@ def host(device: Device, options: Options) -> Records:
 
 
 def cliff(device: Device, options: Options) -> Records:
-    """Numbers of rows that take much longer than a neighbour, on the first shape, and whether ``F.linear`` does."""
+    """Numbers of rows that take much longer than a neighbour, on the first shape, and whether ``F.linear`` does: one
+    record for packed weights, and one for canonical ones.
+    """
     shape = options.shapes[0]
     weights = _weights(device, shape, options)
-    columns, dense = {}, {}
+    calls: dict[str, dict[str, Calls]] = {name: {} for name in (*FORMS, "B")}
     for m in options.cliff_rows:
         x = torch.randn(m, shape[1], dtype=_dtype(options), device=device.place)
-        columns[str(m)] = [partial(w.linear_packed, x) for w in weights]
-        dense[str(m)] = [partial(F.linear, x, w.dense) for w in weights]
-    times, others = _times(device, columns, options), _times(device, dense, options)
-    ratios = cliffs({int(m): time["us"] for m, time in times.items()})
-    of_b = cliffs({int(m): time["us"] / others[m]["us"] for m, time in times.items()})
-    yield {
-        "n": shape[0],
-        "k": shape[1],
-        "times": times,
-        "B": others,
-        "ratios": {str(m): round(r, 4) for m, r in ratios.items()},
-        "ratios of B": {str(m): round(r, 4) for m, r in of_b.items()},
-    }
+        multiplications = _multiplications(weights, x)
+        for name, columns in calls.items():
+            columns[str(m)] = multiplications[name]
+    times = {name: _times(device, columns, options) for name, columns in calls.items()}
+    for name in FORMS:
+        ratios = cliffs({int(m): time["us"] for m, time in times[name].items()})
+        of_b = cliffs({int(m): time["us"] / times["B"][m]["us"] for m, time in times[name].items()})
+        yield {
+            "n": shape[0],
+            "k": shape[1],
+            "column": name,
+            "times": times[name],
+            "B": times["B"],
+            "ratios": {str(m): round(r, 4) for m, r in ratios.items()},
+            "ratios of B": {str(m): round(r, 4) for m, r in of_b.items()},
+        }
     device.release()
 
 
@@ -235,7 +241,7 @@ SECTIONS = {
     "elementwise": Section(elementwise, lambda options: len(options.shapes)),
     "linear": _LINEAR,
     "host": Section(host, lambda options: 2),
-    "cliffs": Section(cliff, lambda options: 1),
+    "cliffs": Section(cliff, lambda options: len(FORMS)),
     "sustained": Section(sustained, lambda options: len(options.shapes) * len(SUSTAINED_ROWS)),
     "bandwidth": Section(bandwidth, lambda options: len(options.shapes) * len(BANDWIDTH_ROWS)),
 }

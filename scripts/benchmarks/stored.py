@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .options import FORMAT, Record
 
-IDENTITY = ("n", "k", "m", "mode", "variant", "batch", "run", "way")
+IDENTITY = ("n", "k", "m", "column", "mode", "variant", "batch", "run", "way")
 """Entries that say what a record is of; one of the same section with equal ones replaces it."""
 SAME = ("device", "torch", "triton", "transformers", "switches", "level", "threads")
 """What runs must have in common, as far as they tell, for their results to stand on one page."""
