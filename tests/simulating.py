@@ -215,6 +215,8 @@ def _instruction(name: str, args: list[Tensor]) -> Tensor:
         found = torch.stack([one, other], -1).view(torch.uint8)
         chosen = torch.stack([numbers >> 4 * i & 7 for i in range(4)], -1)
         return found.gather(-1, chosen.long()).view(torch.int32).squeeze(-1)
+    if name == "mul.f32":
+        return args[0] * args[1]
     if name == "cvt.f32.f16":
         return args[0].view(torch.float16).float()
     if name == "cvt.rn.f16x2.e4m3x2":

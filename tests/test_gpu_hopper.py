@@ -5,7 +5,6 @@ becomes of weights where they cannot be had. Results on the chip itself are in t
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 import sys
 import warnings
@@ -290,28 +289,24 @@ def test_canonical_weights_of_whole_blocks_reach_the_kernels_from_nine_rows_on(
         assert_same(actual, reference.linear(x, weight, scale, bias))
 
 
-@pytest.mark.parametrize(("m", "n", "name"), [(1, 999, "vector"), (2, 32, "gemv"), (2, 33, "mma"), (3, 32, "mma")])
-def test_before_hopper_two_rows_meet_tensor_cores_where_outputs_fill_the_chip(
-    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, n: int, name: str
+@pytest.mark.parametrize(
+    ("capability", "by_float32"), [((8, 9), True), ((9, 0), False), ((10, 0), False), ((12, 0), False)]
+)
+def test_two_rows_are_decoded_as_the_chip_can(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], by_float32: bool
 ) -> None:
-    """A chip of one multiprocessor, which has work with three programs of 16 outputs each."""
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 9))
-    called = []
+    given = []
 
-    def kernels(name: str) -> Any:
-        def linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-            called.append(name)
-            return x.new_ones(len(x), len(weight))
+    def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *further: Any) -> Tensor:
+        given.append(further)
+        return x.new_ones(len(x), len(weight))
 
-        real = importlib.import_module(f"mxfp8_ops.gpu.{name}")
-        return SimpleNamespace(linear=linear, plan=getattr(real, "plan", None), fills=getattr(real, "fills", None))
-
-    monkeypatch.setattr(dispatch, "_gluon_kernels", kernels)
-    monkeypatch.setattr(dispatch, "_processors", lambda device: 1)
-    monkeypatch.setattr(dispatch.gemv, "linear", kernels("gemv").linear)
-    x, weight, scale, _ = exact_linear_inputs(m, n, 128, torch.bfloat16)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "_gluon_kernels", lambda name: SimpleNamespace(linear=linear))
+    monkeypatch.setattr(dispatch, "_processors", lambda device: 100)
+    x, weight, scale, _ = exact_linear_inputs(2, 33, 128, torch.bfloat16)
     dispatch.linear(x, weight, scale, None)
-    assert called == [name]
+    assert given == [(100, by_float32)]
 
 
 @pytest.mark.parametrize(("m", "k"), [(64, 32), (65, 32), (300, 128)])

@@ -61,7 +61,7 @@ def test_gemv_compiles_for_every_target_and_reads_16_bytes_at_a_time(capability:
 
 @pytest.mark.parametrize("capability", [89, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("m", [1, 16, 32, 64])
+@pytest.mark.parametrize("m", [17, 64])
 def test_mma_compiles_and_moves_nothing_between_lanes_but_sums_16_bytes_at_a_time(
     capability: int, dtype: str, m: int
 ) -> None:
@@ -92,15 +92,11 @@ def test_mma_compiles_and_moves_nothing_between_lanes_but_sums_16_bytes_at_a_tim
     assert loop is not None
     assert "st.shared" not in loop[0]
     check_warp_sums(text, plan.along)
-    if plan.stages == 0:
-        assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", loop[0])
-        assert "shared" not in loop[0]
-    else:
-        assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", loop[0])
-        # The barrier once a stage has arrived is enough: what is copied afterwards goes to the stage of the last turn,
-        # which all warps have read when they meet there. Triton before 3.9 has another one before the copy.
-        assert re.search(r"(?s)wait_group.*bar\.sync.*ld\.shared.*mma\.sync.*cp\.async\.cg", loop[0])
-        assert loop[0].count("bar.sync") <= 2
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", loop[0])
+    # The barrier once a stage has arrived is enough: what is copied afterwards goes to the stage of the last turn,
+    # which all warps have read when they meet there. Triton before 3.9 has another one before the copy.
+    assert re.search(r"(?s)wait_group.*bar\.sync.*ld\.shared.*mma\.sync.*cp\.async\.cg", loop[0])
+    assert loop[0].count("bar.sync") <= 2
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100])

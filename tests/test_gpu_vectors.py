@@ -5,6 +5,7 @@ Results on a chip are in tests/test_gpu.py and test_gpu_vectors_on_chip.py.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -72,11 +73,15 @@ def test_it_compiles_and_moves_nothing_between_lanes_but_sums(kind: Vectors, dty
             assert len(reads) - len(wide) == blocks * kind.outputs // 8
 
 
-@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_compiles_for_the_chips_that_it_is_for_and_any_k(capability: int, dtype: torch.dtype) -> None:
-    for kind in (Vectors(4, 8, 4, 1, 40), Vectors(8, 16, 4, 1)):
-        (launch,) = launches(kind, kind.rows, 4097, 4128, dtype)
+    """Before sm_90 with other instructions, every kind."""
+    for kind in KINDS if capability == 89 else (Vectors(4, 8, 4, 1, 40), Vectors(8, 16, 4, 1)):
+        (launch,) = launches(kind, kind.rows, 4097, 4096 if kind in KINDS[::2] else 4128, dtype)
+        if capability == 89:
+            at = launch.kernel.arg_names.index("BY_FLOAT32") - len(launch.args)
+            launch = replace(launch, constants=(*launch.constants[:at], True, *launch.constants[at + 1 :]))
         assert "mma.sync" in compile_for(launch, GPUTarget("cuda", capability, 32)).asm["ptx"]
 
 
@@ -95,8 +100,17 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return gluon
 
 
+BY_FLOAT32 = pytest.mark.parametrize("by_float32", [False, True], ids=["from sm_90 on", "before"])
+
+
 def computed(
-    gluon: SimpleNamespace, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kind: Vectors
+    gluon: SimpleNamespace,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: Vectors,
+    by_float32: bool,
 ) -> Tensor:
     """What the kernel computes, program by program, with all tensors at the very end of their memory."""
     (m, k), n = x.shape, len(weight)
@@ -105,12 +119,13 @@ def computed(
     tensors = (x.view(torch.int32), weight.view(torch.int32), scales, x if bias is None else bias, out)
     for program in range(kind.programs(n)):
         gluon.program_id = lambda _, program=program: torch.tensor(program)
-        constants = (*kind.constants, k % (128 * kind.together) != 0, bias is not None)
+        constants = (*kind.constants, k % (128 * kind.together) != 0, by_float32, bias is not None)
         vectors.mxfp8_linear_vectors(*map(Pointer, tensors), m, n, k, *constants)
     return out
 
 
 @DTYPE
+@BY_FLOAT32
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     [
@@ -127,23 +142,26 @@ def computed(
     ],
 )
 def test_it_computes_linear_for_any_shape_and_reads_nothing_else(
-    simulated: SimpleNamespace, dtype: torch.dtype, m: int, n: int, k: int
+    simulated: SimpleNamespace, dtype: torch.dtype, by_float32: bool, m: int, n: int, k: int
 ) -> None:
     x, weight, scale, bias = exact_linear_inputs(m, n, k, dtype)
     rows = 4 if m <= 4 else 8 if m <= 8 else 16
     for kind, offset in ((Vectors(rows, 8, 2, 2), bias), (Vectors(rows, 16, 4, 1), None)):
-        actual = computed(simulated, x, weight, scale, offset, kind)
+        actual = computed(simulated, x, weight, scale, offset, kind, by_float32)
         assert_same(actual, reference.linear(x, weight, scale, offset))
 
 
 @DTYPE
+@BY_FLOAT32
 @pytest.mark.parametrize("k", [128, 96], ids=["words of scales", "bytes of scales"])
 @pytest.mark.parametrize("kind", [Vectors(4, 8, 1, 1), Vectors(8, 16, 1, 1)], ids=repr)
-def test_it_decodes_every_element(simulated: SimpleNamespace, dtype: torch.dtype, k: int, kind: Vectors) -> None:
+def test_it_decodes_every_element(
+    simulated: SimpleNamespace, dtype: torch.dtype, by_float32: bool, k: int, kind: Vectors
+) -> None:
     """Under scales where something changes for one of the dtypes, and some in between."""
     scales = (0, 1, 2, 103, 104, 105, 113, 118, 119, 127, 142, 143, 152, 153, 245, 246, 254, 255)
     weight, scale = one_code_a_row(scales, k)
-    actual = computed(simulated, torch.ones(2, k, dtype=dtype), weight, scale, None, kind)
+    actual = computed(simulated, torch.ones(2, k, dtype=dtype), weight, scale, None, kind, by_float32)
     assert_same(actual, what_codes_mean(weight, scale, dtype).expand(2, -1))
 
 
@@ -188,11 +206,11 @@ def test_what_was_measured_is_taken_where_plans_are_tuned(monkeypatch: pytest.Mo
     ):
         with torch.device("meta"):
             x, weight = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=torch.uint8)
-            vectors.linear(x, weight, torch.empty(n, k // 32, dtype=torch.uint8), None, 132)
+            vectors.linear(x, weight, torch.empty(n, k // 32, dtype=torch.uint8), None, 132, False)
         found = plans_vectors.kinds(m, k)
         assert [launch.num_warps for launch in launched[-2:]] == [found[-1].warps, found[0].warps]
     assert len(set(asked)) == 4
     monkeypatch.delenv("MXFP8_AUTOTUNE")
-    vectors.linear(x, weight, torch.empty(n, k // 32, dtype=torch.uint8, device="meta"), None, 132)
+    vectors.linear(x, weight, torch.empty(n, k // 32, dtype=torch.uint8, device="meta"), None, 132, False)
     assert len(asked) == 4
     assert launched[-1].named["WARPS"] == plans_vectors.plan(m, n, k, 132).warps

@@ -30,13 +30,15 @@ pytestmark = [
 KIND = pytest.mark.parametrize("kind", plans_vectors.COSTS, ids=repr)
 
 
-def run(kind: Vectors, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def run(
+    kind: Vectors, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, by_float32: bool = False
+) -> Tensor:
     """Checks that nothing is written next to the result, and that all of it is."""
     m, n = len(x), len(weight)
     memory = torch.full((m * n + 4096,), torch.nan, dtype=x.dtype, device="cuda")
     memory[:2048], memory[-2048:] = 7, 7
     out = memory[2048:-2048].view(m, n)
-    vectors.run(kind, x, weight, scale, bias, out)
+    vectors.run(kind, x, weight, scale, bias, out, by_float32)
     assert (memory[:2048] == 7).all()
     assert (memory[-2048:] == 7).all()
     return out
@@ -52,8 +54,9 @@ def test_every_element_is_decoded(kind: Vectors, dtype: torch.dtype) -> None:
     for k in (128 * kind.together + 128, 128 * kind.together + 96):
         weight, scale = one_code_a_row(scales, k)
         ones = torch.ones(kind.rows, k, dtype=dtype)
-        actual = run(kind, *on_device(ones, weight, scale), None)
-        assert_same(actual.cpu(), what_codes_mean(weight, scale, dtype).expand(kind.rows, -1))
+        for by_float32 in (False, True):  # as for this chip, and as for one before it
+            actual = run(kind, *on_device(ones, weight, scale), None, by_float32)
+            assert_same(actual.cpu(), what_codes_mean(weight, scale, dtype).expand(kind.rows, -1))
 
 
 @SHORT

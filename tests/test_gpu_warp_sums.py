@@ -25,12 +25,13 @@ SIZES = pytest.mark.parametrize(
         (4, 1, 32, 16),
         (4, 1, 32, 8),
         (8, 1, 16, 8),
-        (8, 1, 16, 16),
+        (16, 1, 16, 16),
+        (16, 1, 32, 8),
         (4, 2, 32, 32),
         (2, 4, 64, 64),
     ],
 )
-"""Warps along K and across N, and the tile that they have sums of: those of ``narrow`` and of ``mma_kernel``."""
+"""Warps along K and across N, and the tile that they have sums of: ``narrow``, ``vectors`` and ``mma_kernel``."""
 
 
 @SIZES

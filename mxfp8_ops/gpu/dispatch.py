@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out.view(*x.shape[:-1], -1)
 
 
-_VECTORS_ROWS = 16  # from sm_90 on, whose instructions it needs
+_VECTORS_ROWS = 16
 _HOPPER_ROWS = 9  # from here on, Hopper has other kernels to choose from
 _MMA_ROWS = 64
 _MOST_ROWS = 6144  # beyond, it hardly matters how long it takes to dequantize a canonical weight once
@@ -73,13 +73,12 @@ def _in_gluon(
     if hopper is not None:
         return hopper.linear, ()
     processors = _processors(device)
-    if rows == 1 or (rows <= _VECTORS_ROWS and _capability(device) >= (9, 0)):
+    if rows <= _VECTORS_ROWS:
         kernels = _gluon_kernels("vector" if rows == 1 else "vectors")
-        return (None, ()) if kernels is None else (kernels.linear, (processors,))
+        further = (processors,) if rows == 1 else (processors, _capability(device) < (9, 0))
+        return (None, ()) if kernels is None else (kernels.linear, further)
     kernels = _gluon_kernels("mma") if rows <= _MMA_ROWS else None
-    if kernels is None or (rows == 2 and not kernels.fills(n, processors)):
-        return None, ()
-    return kernels.linear, (kernels.plan(rows, n, k, processors),)
+    return (None, ()) if kernels is None else (kernels.linear, (kernels.plan(rows, n, k, processors),))
 
 
 def linear_packed(x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:

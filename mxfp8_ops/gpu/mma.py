@@ -30,33 +30,18 @@ class Plan:
     elements: int  # BK
     run: int
     along: int
-    across: int = 1
-    stages: int = 0
+    across: int
+    stages: int
     parts: int = 1  # of K, for programs of their own
-    registers: int | None = None
 
 
 def plan(m: int, n: int, k: int, processors: int) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors: what was fastest on
     an H100 over weights from 1024x4096 to 28672x8192.
     """
-    few = not fills(n, processors)  # programs, so that more warps share the work of each
-    if m <= 8:
-        return Plan(16, 8, 128, 16, 8 if few else 4, registers=64)
-    if m <= 16:
-        if few:
-            return Plan(16, 16, 64, 16, 8)
-        return Plan(32, 16, 64, 16, 4 if triton.cdiv(n, 32) > 3 * processors else 8)
     if m <= 32:
-        return Plan(32, 32, 64, 16, 4, 2, stages=4, parts=_parts(n, 32, k, processors))
-    return Plan(64, 64, 64, 16, 2, 4, stages=4, parts=_parts(n, 64, k, 2 * processors))
-
-
-def fills(n: int, processors: int) -> bool:
-    """Whether a weight of ``n`` rows gives all that run at once on such a chip work. If so, this kernel is the fastest
-    for two rows of x, too; else for more alone.
-    """
-    return triton.cdiv(n, 16) >= 3 * processors
+        return Plan(32, 32, 64, 16, 4, 2, 4, _parts(n, 32, k, processors))
+    return Plan(64, 64, 64, 16, 2, 4, 4, _parts(n, 64, k, 2 * processors))
 
 
 def _parts(n: int, outputs: int, k: int, processors: int) -> int:
@@ -81,7 +66,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, plan: 
         (x.view(torch.int32), weight.view(torch.int32), scale, offset, parts, m, n, k),
         (_DTYPES[x.dtype], *sizes, bias is not None and plan.parts == 1),
         num_warps=plan.along * plan.across,
-        maxnreg=plan.registers,
     )
     if plan.parts > 1:
         launch(

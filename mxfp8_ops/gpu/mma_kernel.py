@@ -1,14 +1,12 @@
 """Linear on a weight as it is stored, for up to some 64 rows of x, in Gluon: as fast as the weight can be read.
 
 A program computes BN outputs for BM rows of x. Its warps stand ALONG K and ACROSS N; those along K take turns, of BK
-elements each, and add up their sums in the end. For very few rows, weight and x go from memory straight to the
-registers in which the matrix instruction wants them, and many warps at once hide the latency (``_direct``); for more,
-through shared memory (``_staged``). The instruction does not care which elements of K a lane holds, if only both
-operands agree: so a lane takes RUN consecutive elements of a row, which are loaded together, where the instruction's
-own order has pairs.
+elements each, and add up their sums in the end. Weight and x are copied to shared memory some turns ahead, where so
+many rows of x leave no registers for what is on its way. The matrix instruction does not care which elements of K a
+lane holds, if only both operands agree: so a lane takes RUN consecutive elements of a row, which are loaded together,
+where the instruction's own order has pairs.
 
-Elements are decoded through float32, in which every code times every scale is exact, and rounded once, to the dtype of
-x: no code is special here. For chips that convert e4m3 themselves: NVIDIA's from sm_89 on.
+For chips that convert e4m3 themselves: NVIDIA's from sm_89 on. For fewer rows there is ``vectors``.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .fragments import scale_to_float32
 from .mma_layouts import (
     copy_layout,
     first_places,
@@ -29,36 +28,9 @@ from .mma_layouts import (
     x_operand,
 )
 from .places import places_along
+from .scaled_codes import elements_by_float32
 from .versions import copy_to_shared
 from .warp_sums import sum_of_warps
-
-# Four e4m3 codes in a word and their scale, a float32, to four elements of the weight. The hardware converts e4m3 to
-# float16, which holds every value; products with any scale are exact in float32 (without .ftz: subnormal ones, too).
-_DECODE = gl.constexpr("""{
-.reg .b16 low, high, h0, h1, h2, h3;
-.reg .b32 first, second;
-.reg .f32 f0, f1, f2, f3;
-mov.b32 {low, high}, $4;
-cvt.rn.f16x2.e4m3x2 first, low;
-cvt.rn.f16x2.e4m3x2 second, high;
-mov.b32 {h0, h1}, first;
-mov.b32 {h2, h3}, second;
-cvt.f32.f16 f0, h0;
-cvt.f32.f16 f1, h1;
-cvt.f32.f16 f2, h2;
-cvt.f32.f16 f3, h3;
-mul.f32 f0, f0, $5;
-mul.f32 f1, f1, $5;
-mul.f32 f2, f2, $5;
-mul.f32 f3, f3, $5;
-cvt.rn.DTYPEx2.f32 first, f1, f0;
-cvt.rn.DTYPEx2.f32 second, f3, f2;
-mov.b32 {$0, $1}, first;
-mov.b32 {$2, $3}, second;
-}""")
-_DECODE_BFLOAT16 = gl.constexpr(_DECODE.value.replace("DTYPE", "bf16"))
-_DECODE_FLOAT16 = gl.constexpr(_DECODE.value.replace("DTYPE", "f16"))
-_FOUR_HALVES = gl.constexpr((gl.int16, gl.int16, gl.int16, gl.int16))
 
 
 @gluon.jit(do_not_specialize=["M", "N"])
@@ -78,7 +50,7 @@ def mxfp8_linear_mma(
     RUN: gl.constexpr,  # consecutive elements of a row that a lane takes: 8 or 16
     ALONG: gl.constexpr,  # warps along K
     ACROSS: gl.constexpr,  # warps along N
-    STAGES: gl.constexpr,  # in shared memory; 0: from memory straight to registers
+    STAGES: gl.constexpr,  # in shared memory
     HAS_BIAS: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [ALONG, ACROSS, 1], [1, 16, 8])
@@ -89,10 +61,7 @@ def mxfp8_linear_mma(
     turns = K // (ALONG * BK)  # without the rest
     first = turns * gl.program_id(1) // gl.num_programs(1)
     last = turns * (gl.program_id(1) + 1) // gl.num_programs(1)
-    if STAGES > 0:
-        total = _staged(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, STAGES, MMA)
-    else:
-        total = _direct(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, MMA)
+    total = _staged(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, STAGES, MMA)
     if (K % (ALONG * BK) != 0) & (gl.program_id(1) == gl.num_programs(1) - 1):
         total = _rest(x, weight, scale, M, N, K, row, column, turns, total, DTYPE, BN, BM, BK, RUN, MMA)
     total = sum_of_warps(total)
@@ -103,37 +72,6 @@ def mxfp8_linear_mma(
         total += gl.load(bias + n, mask=n < N, other=0).to(gl.float32)
     place = (gl.program_id(1) * M + m).to(gl.int64) * N + n
     gl.store(out + place, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
-
-
-@gluon.jit
-def _direct(
-    x,
-    weight,
-    scale,
-    M,
-    N,
-    K,
-    row,
-    column,
-    first,
-    last,
-    DTYPE: gl.constexpr,
-    BN: gl.constexpr,
-    BM: gl.constexpr,
-    BK: gl.constexpr,
-    RUN: gl.constexpr,
-    MMA: gl.constexpr,
-):
-    """The sums ``[ALONG, BN, BM]`` of each warp's turns. Many warps at once hide the latency of memory."""
-    ALONG: gl.constexpr = MMA.warps_per_cta[0]
-    words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
-    total = gl.zeros([ALONG, BN, BM], gl.float32, MMA)
-    for turn in range(first, last):
-        word = gl.load(words + turn * (ALONG * BK // 4), eviction_policy="evict_first")
-        code = gl.load(scales + turn * (ALONG * BK // 32))
-        pair = gl.load(pairs + turn * (ALONG * BK // 2))
-        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), x_operand(pair, RUN, MMA, DTYPE), total)
-    return total
 
 
 @gluon.jit
@@ -156,8 +94,8 @@ def _staged(
     STAGES: gl.constexpr,
     MMA: gl.constexpr,
 ):
-    """The same with weight and x copied to shared memory STAGES - 1 turns ahead, where so many rows of x leave no
-    registers for what is on its way. Scales are few: those of the next turn wait in registers.
+    """The sums ``[ALONG, BN, BM]`` of each warp's turns. Weight and x are copied to shared memory STAGES - 1 turns
+    ahead. Scales are few: those of the next turn wait in registers.
     """
     ALONG: gl.constexpr = MMA.warps_per_cta[0]
     WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
@@ -258,18 +196,9 @@ def _weight_operand(words, codes, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: g
     BN: gl.constexpr = words.shape[1]
     BK: gl.constexpr = words.shape[2] * 4
     by_group = gl.reshape(words, [ALONG, BN, BK // 32, 8])
-    power, _ = gl.broadcast(gl.expand_dims(_power(codes), 3), by_group)
-    power = gl.convert_layout(gl.reshape(power, words.shape), words.type.layout, assert_trivial=True)
-    DECODE: gl.constexpr = _DECODE_BFLOAT16 if DTYPE.is_bf16() else _DECODE_FLOAT16
-    k0, k1, k2, k3 = gl.inline_asm_elementwise(DECODE, "=h,=h,=h,=h,r,f", [words, power], _FOUR_HALVES, True, 1)
+    scales, _ = gl.broadcast(gl.expand_dims(scale_to_float32(codes.to(gl.int32)), 3), by_group)
+    scales = gl.convert_layout(gl.reshape(scales, words.shape), words.type.layout, assert_trivial=True)
+    k0, k1, k2, k3 = elements_by_float32(words, scales, DTYPE)
     tile = gl.reshape(gl.join(gl.join(k0, k2), gl.join(k1, k3)), [ALONG, BN, BK])
     tile = in_order_of_instruction(tile.to(DTYPE, bitcast=True), RUN)
     return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2))  # the same lanes: only names of registers change
-
-
-@gluon.jit
-def _power(code):
-    """``2**(code - 127)`` by its bits: 0 is the subnormal 2**-127, 255 NaN instead of the infinity that it would be."""
-    bits = gl.maximum(code.to(gl.int32) << 23, 0x00400000)
-    bits = gl.where(bits == 0x7F800000, 0x7FC00000, bits)
-    return bits.to(gl.float32, bitcast=True)

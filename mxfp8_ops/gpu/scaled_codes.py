@@ -1,7 +1,8 @@
 """Codes of elements times their scale, in registers: rounded once, and no code of an element or of a scale is special.
 
-The hardware converts two codes of e4m3 at a time to float16, which holds all their values. What then multiplies two
-elements at a time NVIDIA's chips have from sm_90 on.
+The hardware converts two codes of e4m3 at a time to float16, which holds all their values: NVIDIA's chips from sm_89
+on. From sm_90 on it multiplies two elements of bfloat16 at a time, and what else is needed for that; before, elements
+become float32 in between.
 """
 
 from __future__ import annotations
@@ -27,6 +28,33 @@ cvt.rn.f16x2.e4m3x2 both, $1;
 mul.rn.f16x2 both, both, $2;
 mul.rn.f16x2 $0, both, $3;
 }""")
+# Four codes in a word and their scale, a float32, to four elements. Products with any scale are exact in float32
+# (without .ftz: subnormal ones, too).
+_BY_FLOAT32 = gl.constexpr("""{
+.reg .b16 low, high, h0, h1, h2, h3;
+.reg .b32 first, second;
+.reg .f32 f0, f1, f2, f3;
+mov.b32 {low, high}, $4;
+cvt.rn.f16x2.e4m3x2 first, low;
+cvt.rn.f16x2.e4m3x2 second, high;
+mov.b32 {h0, h1}, first;
+mov.b32 {h2, h3}, second;
+cvt.f32.f16 f0, h0;
+cvt.f32.f16 f1, h1;
+cvt.f32.f16 f2, h2;
+cvt.f32.f16 f3, h3;
+mul.f32 f0, f0, $5;
+mul.f32 f1, f1, $5;
+mul.f32 f2, f2, $5;
+mul.f32 f3, f3, $5;
+cvt.rn.DTYPEx2.f32 first, f1, f0;
+cvt.rn.DTYPEx2.f32 second, f3, f2;
+mov.b32 {$0, $1}, first;
+mov.b32 {$2, $3}, second;
+}""")
+_BY_FLOAT32_TO_BFLOAT16 = gl.constexpr(_BY_FLOAT32.value.replace("DTYPE", "bf16"))
+_BY_FLOAT32_TO_FLOAT16 = gl.constexpr(_BY_FLOAT32.value.replace("DTYPE", "f16"))
+_FOUR_HALVES = gl.constexpr((gl.int16, gl.int16, gl.int16, gl.int16))
 
 
 @gluon.jit
@@ -38,6 +66,13 @@ def scaled_elements(pairs, one, other, DTYPE: gl.constexpr):
         return gl.inline_asm_elementwise(_TO_BFLOAT16, "=r,h,r", [pairs, one], gl.int32, True, 1)
     else:
         return gl.inline_asm_elementwise(_TO_FLOAT16, "=r,h,r,r", [pairs, one, other], gl.int32, True, 1)
+
+
+@gluon.jit
+def elements_by_float32(words, scales, DTYPE: gl.constexpr):
+    """The four elements of DTYPE in words of four codes, times their scales, float32."""
+    TO_DTYPE: gl.constexpr = _BY_FLOAT32_TO_BFLOAT16 if gl.bfloat16 == DTYPE else _BY_FLOAT32_TO_FLOAT16
+    return gl.inline_asm_elementwise(TO_DTYPE, "=h,=h,=h,=h,r,f", [words, scales], _FOUR_HALVES, True, 1)
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from the caches.
 need half as many loads: there the two halves of a turn share an instruction (GROUPS = 2), and the products of one half
 with the other are thrown away in the end.
 
-For chips that convert e4m3 themselves and multiply bfloat16 two at a time: NVIDIA's from sm_90 on.
+For chips that convert e4m3 themselves: NVIDIA's from sm_89 on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import settings
-from .fragments import each_twice, halves
+from .fragments import each_twice, halves, scale_to_float32
 from .kinds_few import Vectors
 from .launch import launch
 from .mma_layouts import (
@@ -36,27 +36,38 @@ from .mma_layouts import (
 )
 from .places import places_along
 from .plans_vectors import kinds, plan
-from .scaled_codes import factors_of_scales, scaled_elements
+from .scaled_codes import elements_by_float32, factors_of_scales, scaled_elements
 from .tune import best
 from .warp_sums import sum_of_warps
 
 _RUN = gl.constexpr(16)  # consecutive elements that a lane takes
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, processors: int) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, processors: int, by_float32: bool) -> Tensor:
     """``x [M, K]`` bfloat16 or float16 with 1 <= M <= 16, ``weight [N, K]``, ``scale [N, K/32]``, ``bias [N]``, all
-    contiguous, the first three at multiples of 16 bytes; gives ``[M, N]``.
+    contiguous, the first three at multiples of 16 bytes; gives ``[M, N]``. ``by_float32``: for a chip before sm_90.
     """
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     chosen = plan(m, n, k, processors)
     if settings.autotune():
-        chosen = best("vectors", (m, n, k, x.dtype), kinds(m, k), chosen, lambda c: run(c, x, weight, scale, bias, out))
-    run(chosen, x, weight, scale, bias, out)
+        problem = m, n, k, x.dtype
+        chosen = best(
+            "vectors", problem, kinds(m, k), chosen, lambda each: run(each, x, weight, scale, bias, out, by_float32)
+        )
+    run(chosen, x, weight, scale, bias, out, by_float32)
     return out
 
 
-def run(kind: Vectors, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def run(
+    kind: Vectors,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    by_float32: bool = False,
+) -> None:
     """The same by a kind that takes as many rows, to ``out [M, N]``. Weight and scale may also be given as int32."""
     (m, k), n = x.shape, out.shape[1]
     scales = scale.view(torch.int32) if k % 128 == 0 else scale
@@ -64,7 +75,7 @@ def run(kind: Vectors, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         mxfp8_linear_vectors,
         (kind.programs(n),),
         (x.view(torch.int32), weight.view(torch.int32), scales, x if bias is None else bias, out, m, n, k),
-        (*kind.constants, k % (128 * kind.together) != 0, bias is not None),
+        (*kind.constants, k % (128 * kind.together) != 0, by_float32, bias is not None),
         num_warps=kind.warps,
         maxnreg=kind.registers,
     )
@@ -86,6 +97,7 @@ def mxfp8_linear_vectors(
     WARPS: gl.constexpr,
     BLOCKS: gl.constexpr,  # of a warp in a turn
     RAGGED_K: gl.constexpr,  # K is no multiple of what the warps take in a turn
+    BY_FLOAT32: gl.constexpr,  # elements are decoded as chips before sm_90 can
     HAS_BIAS: gl.constexpr,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
@@ -97,7 +109,7 @@ def mxfp8_linear_vectors(
     total = gl.zeros([WARPS, OUTPUTS * GROUPS, ROWS * GROUPS], gl.float32, MMA)
     words, scales, pairs = _first_turn(x, weight, scale, first, M, N, K, HELD, SIZES, MMA)
     for _ in range(K // TOGETHER):
-        total = _turn(words, scales, pairs, 0, total, HELD, SIZES, MMA, DTYPE, False)
+        total = _turn(words, scales, pairs, 0, total, HELD, SIZES, MMA, DTYPE, BY_FLOAT32, False)
         words += TOGETHER // 4
         scales += TOGETHER // HELD
         pairs += TOGETHER // 2
@@ -107,7 +119,7 @@ def mxfp8_linear_vectors(
         rest = (x + done // 2, weight + done // 4, scale + done // HELD)
         words, scales, pairs = _first_turn(rest[0], rest[1], rest[2], first, M, N, K, HELD, REST, MMA)
         for left in range((K - done) // 32, 0, -4 * WARPS):
-            total = _turn(words, scales, pairs, left, total, HELD, REST, MMA, DTYPE, True)
+            total = _turn(words, scales, pairs, left, total, HELD, REST, MMA, DTYPE, BY_FLOAT32, True)
             words += WARPS * 32
             scales += WARPS * 128 // HELD
             pairs += WARPS * 64
@@ -140,6 +152,7 @@ def _turn(
     SIZES: gl.constexpr,
     MMA: gl.constexpr,
     DTYPE: gl.constexpr,
+    BY_FLOAT32: gl.constexpr,
     RAGGED: gl.constexpr,
 ):
     """Adds the products of a turn to each warp's total. RAGGED: K may end before."""
@@ -160,12 +173,20 @@ def _turn(
         word = gl.load(words, eviction_policy="evict_first")
         codes = gl.load(scales)
         pair = gl.load(pairs)
-    weight = _weight_operand(word, codes, HELD, SIZES, MMA, DTYPE)
+    weight = _weight_operand(word, codes, HELD, SIZES, MMA, DTYPE, BY_FLOAT32)
     return mma_v2(weight, x_operand(pair, _RUN, MMA, DTYPE, GROUPS), total)
 
 
 @gluon.jit
-def _weight_operand(word, codes, HELD: gl.constexpr, SIZES: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
+def _weight_operand(
+    word,
+    codes,
+    HELD: gl.constexpr,
+    SIZES: gl.constexpr,
+    MMA: gl.constexpr,
+    DTYPE: gl.constexpr,
+    BY_FLOAT32: gl.constexpr,
+):
     """Words ``[WARPS, OUTPUTS, BK / 4]`` and their scales ``[WARPS, OUTPUTS, BK / HELD]`` as operand A."""
     OUTPUTS: gl.constexpr = SIZES[1]
     GROUPS: gl.constexpr = SIZES[2]
@@ -173,16 +194,20 @@ def _weight_operand(word, codes, HELD: gl.constexpr, SIZES: gl.constexpr, MMA: g
     BK: gl.constexpr = SIZES[4]
     # A block of 128 elements is two chunks for four lanes, of which two have the first 32 elements of a chunk.
     words = gl.reshape(word, [WARPS, OUTPUTS, BK // 128, 2, 2, 8])
-    if HELD == 128:
-        one, other = factors_of_scales(_codes_of_chunks(codes, words), DTYPE)
-        one, other = _of_both_chunks(one, words), _of_both_chunks(other, words)
+    if BY_FLOAT32:
+        scales = scale_to_float32(_codes_of_groups(codes, words, HELD))
+        k0, k1, k2, k3 = elements_by_float32(words, _of_groups(scales, words), DTYPE)
     else:
-        one, other = factors_of_scales(codes.to(gl.int32) * 0x00010001, DTYPE)
-        one, other = _of_groups(one, words), _of_groups(other, words)
-    low, high = halves(words)
-    low_0, low_1 = halves(scaled_elements(low, one, other, DTYPE))
-    high_0, high_1 = halves(scaled_elements(high, one, other, DTYPE))
-    tile = gl.reshape(gl.join(gl.join(low_0, high_0), gl.join(low_1, high_1)), [WARPS, OUTPUTS, BK])
+        if HELD == 128:
+            one, other = factors_of_scales(_codes_of_chunks(codes, words), DTYPE)
+            one, other = _of_both_chunks(one, words), _of_both_chunks(other, words)
+        else:
+            one, other = factors_of_scales(_codes_of_groups(codes, words, HELD) * 0x00010001, DTYPE)
+            one, other = _of_groups(one, words), _of_groups(other, words)
+        low, high = halves(words)
+        k0, k1 = halves(scaled_elements(low, one, other, DTYPE))
+        k2, k3 = halves(scaled_elements(high, one, other, DTYPE))
+    tile = gl.reshape(gl.join(gl.join(k0, k2), gl.join(k1, k3)), [WARPS, OUTPUTS, BK])
     tile = in_order_of_instruction(tile.to(DTYPE, bitcast=True), _RUN)
     if GROUPS == 2:
         tile = by_halves_of_turn(tile, 8)
@@ -190,13 +215,28 @@ def _weight_operand(word, codes, HELD: gl.constexpr, SIZES: gl.constexpr, MMA: g
 
 
 @gluon.jit
+def _codes_of_groups(codes, words, HELD: gl.constexpr):
+    """The codes ``[WARPS, OUTPUTS, BK / 128, chunk, group of a chunk]``, from words of four or bytes."""
+    if HELD == 128:
+        LAYOUT: gl.constexpr = words.type.layout
+        number = places_along(2, 3, 6, LAYOUT) * 2 + places_along(2, 4, 6, LAYOUT)
+        codes = (_of_blocks(codes, words) >> (8 * number)) & 0xFF
+    return gl.reshape(codes.to(gl.int32), words.shape[:5])
+
+
+@gluon.jit
 def _codes_of_chunks(codes, words):
     """Of words of the four codes of a block, those of a lane's group in either chunk, in the halves of a word."""
     LAYOUT: gl.constexpr = words.type.layout
-    ITEM: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, LAYOUT)))
+    return (_of_blocks(codes, words) >> (8 * places_along(2, 4, 6, LAYOUT))) & 0x00FF00FF
+
+
+@gluon.jit
+def _of_blocks(codes, words):
+    """Words of codes ``[WARPS, OUTPUTS, BK / 128]`` with as many dimensions as ``words``."""
+    ITEM: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, words.type.layout)))
     codes = gl.convert_layout(codes, ITEM, assert_trivial=True)
-    codes = gl.expand_dims(gl.expand_dims(gl.expand_dims(codes, 3), 4), 5)
-    return (codes >> (8 * places_along(2, 4, 6, LAYOUT))) & 0x00FF00FF
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(codes, 3), 4), 5)
 
 
 @gluon.jit
