@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import pytest
@@ -71,6 +71,17 @@ def problem(m: int, n: int, k: int, dtype: torch.dtype, packed: bool) -> tuple[T
     exact = x.double() @ float64_values(weight, scale).T + bias.double()
     longer = torch.cat([x, torch.full((256, k), torch.nan, dtype=dtype)]).cuda()
     return longer[:m], put(weight, scale, packed, dtype), bias.cuda(), round_once(exact, dtype).cuda()
+
+
+def guarded(m: int, n: int, dtype: torch.dtype, run: Callable[[Tensor], object]) -> Tensor:
+    """What ``run`` writes to ``[m, n]`` on the device, NaN before: checks that nothing is written next to it."""
+    memory = torch.full((m * n + 4096,), torch.nan, dtype=dtype, device="cuda")
+    memory[:2048], memory[-2048:] = 7, 7
+    out = memory[2048:-2048].view(m, n)
+    run(out)
+    assert (memory[:2048] == 7).all()
+    assert (memory[-2048:] == 7).all()
+    return out
 
 
 def processors() -> int:

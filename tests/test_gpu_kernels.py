@@ -76,7 +76,7 @@ def test_mma_compiles_and_moves_nothing_between_lanes_but_sums_16_bytes_at_a_tim
     types |= {"M": "i32", "N": "i32", "K": "i32"}
     language = gluon.language
     constants = {"DTYPE": language.bfloat16 if dtype == "bf16" else language.float16, "HAS_BIAS": True}
-    constants |= {"BN": plan.outputs, "BM": plan.rows, "BK": plan.elements, "RUN": plan.run}
+    constants |= {"BN": plan.outputs, "BM": plan.rows, "BK": plan.elements}
     constants |= {"ALONG": plan.along, "ACROSS": plan.across, "STAGES": plan.stages}
     names = mma.mxfp8_linear_mma.arg_names
     source = GluonASTSource(

@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from mxfp8_ops.gpu import plans_few, plans_vectors
+from mxfp8_ops.gpu import plans
 from mxfp8_ops.gpu.costs_few import Cost, microseconds
 from mxfp8_ops.gpu.kinds_few import Direct, Few, Narrow
 from mxfp8_ops.gpu.plans_few import EIGHT, FOUR, NARROW, ROW, directs, narrows, single_rows
 
-COSTS: dict[Few, Cost] = {**plans_few.COSTS, **plans_vectors.COSTS}
+COSTS = plans.FEW
 
 
 @pytest.mark.parametrize(("kinds", "rows"), [(FOUR, (1, 2, 3, 4)), (EIGHT, (5, 6, 7, 8))], ids=["four", "eight"])

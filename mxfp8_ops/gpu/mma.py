@@ -28,7 +28,6 @@ class Plan:
     outputs: int  # BN
     rows: int  # BM
     elements: int  # BK
-    run: int
     along: int
     across: int
     stages: int
@@ -40,8 +39,8 @@ def plan(m: int, n: int, k: int, processors: int) -> Plan:
     an H100 over weights from 1024x4096 to 28672x8192.
     """
     if m <= 32:
-        return Plan(32, 32, 64, 16, 4, 2, 4, _parts(n, 32, k, processors))
-    return Plan(64, 64, 64, 16, 2, 4, 4, _parts(n, 64, k, 2 * processors))
+        return Plan(32, 32, 64, 4, 2, 4, _parts(n, 32, k, processors))
+    return Plan(64, 64, 64, 2, 4, 4, _parts(n, 64, k, 2 * processors))
 
 
 def _parts(n: int, outputs: int, k: int, processors: int) -> int:
@@ -59,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, plan: 
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out if plan.parts == 1 else torch.empty((plan.parts, m, n), dtype=torch.float32, device=x.device)
     offset = x if bias is None else bias
-    sizes = (plan.outputs, plan.rows, plan.elements, plan.run, plan.along, plan.across, plan.stages)
+    sizes = (plan.outputs, plan.rows, plan.elements, plan.along, plan.across, plan.stages)
     launch(
         mxfp8_linear_mma,
         (triton.cdiv(m, plan.rows) * triton.cdiv(n, plan.outputs), plan.parts),

@@ -3,7 +3,7 @@
 A program computes BN outputs for BM rows of x. Its warps stand ALONG K and ACROSS N; those along K take turns, of BK
 elements each, and add up their sums in the end. Weight and x are copied to shared memory some turns ahead, where so
 many rows of x leave no registers for what is on its way. The matrix instruction does not care which elements of K a
-lane holds, if only both operands agree: so a lane takes RUN consecutive elements of a row, which are loaded together,
+lane holds, if only both operands agree: so a lane takes 16 consecutive elements of a row, which are loaded together,
 where the instruction's own order has pairs.
 
 For chips that convert e4m3 themselves: NVIDIA's from sm_89 on. For fewer rows there is ``vectors``.
@@ -20,10 +20,10 @@ from .mma_layouts import (
     copy_layout,
     first_places,
     group_layout,
-    in_order_of_instruction,
     places_in_turn,
     swizzled,
     weight_layout,
+    weight_operand,
     x_layout,
     x_operand,
 )
@@ -47,7 +47,6 @@ def mxfp8_linear_mma(
     BN: gl.constexpr,
     BM: gl.constexpr,
     BK: gl.constexpr,  # elements of K in a warp's turn
-    RUN: gl.constexpr,  # consecutive elements of a row that a lane takes: 8 or 16
     ALONG: gl.constexpr,  # warps along K
     ACROSS: gl.constexpr,  # warps along N
     STAGES: gl.constexpr,  # in shared memory
@@ -61,9 +60,9 @@ def mxfp8_linear_mma(
     turns = K // (ALONG * BK)  # without the rest
     first = turns * gl.program_id(1) // gl.num_programs(1)
     last = turns * (gl.program_id(1) + 1) // gl.num_programs(1)
-    total = _staged(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, RUN, STAGES, MMA)
+    total = _staged(x, weight, scale, M, N, K, row, column, first, last, DTYPE, BN, BM, BK, STAGES, MMA)
     if (K % (ALONG * BK) != 0) & (gl.program_id(1) == gl.num_programs(1) - 1):
-        total = _rest(x, weight, scale, M, N, K, row, column, turns, total, DTYPE, BN, BM, BK, RUN, MMA)
+        total = _rest(x, weight, scale, M, N, K, row, column, turns, total, DTYPE, BN, BM, BK, MMA)
     total = sum_of_warps(total)
     LAYOUT: gl.constexpr = total.type.layout
     n = column + places_along(BN, 0, 2, LAYOUT)
@@ -90,7 +89,6 @@ def _staged(
     BN: gl.constexpr,
     BM: gl.constexpr,
     BK: gl.constexpr,
-    RUN: gl.constexpr,
     STAGES: gl.constexpr,
     MMA: gl.constexpr,
 ):
@@ -98,13 +96,13 @@ def _staged(
     ahead. Scales are few: those of the next turn wait in registers.
     """
     ALONG: gl.constexpr = MMA.warps_per_cta[0]
-    WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
-    PAIR: gl.constexpr = x_layout(2, BM, BK, RUN, MMA)
+    WORD: gl.constexpr = weight_layout(4, BN, BK, MMA)
+    PAIR: gl.constexpr = x_layout(2, BM, BK, MMA)
     scales = first_places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
     words = first_places(weight, column, N, K, ALONG, BN, BK, 4, copy_layout(4, BK, MMA))
     pairs = first_places(x, row, M, K, ALONG, BM, BK, 2, copy_layout(2, BK, MMA))
-    word_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BN, BK // 4], swizzled(4, BK, RUN))
-    pair_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BM, BK // 2], swizzled(2, BK, RUN))
+    word_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BN, BK // 4], swizzled(4, BK))
+    pair_stages = gl.allocate_shared_memory(gl.int32, [STAGES, ALONG, BM, BK // 2], swizzled(2, BK))
     for i in gl.static_range(STAGES - 1):
         _copy(words, pairs, word_stages.index(i), pair_stages.index(i), first + i, last)
     next_code = gl.load(scales + first * (ALONG * BK // 32), mask=first < last, other=0)
@@ -116,7 +114,7 @@ def _staged(
         stage = (turn - first) % STAGES
         word = word_stages.index(stage).load(WORD)
         pair = pair_stages.index(stage).load(PAIR)
-        total = mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), x_operand(pair, RUN, MMA, DTYPE), total)
+        total = mma_v2(_weight_operand(word, code, MMA, DTYPE), x_operand(pair, MMA, DTYPE), total)
         free = (turn - first + STAGES - 1) % STAGES
         _copy(words, pairs, word_stages.index(free), pair_stages.index(free), turn + STAGES - 1, last)
     async_copy.wait_group(0)  # copies of turns that there are not write zeros: not into what is stored here next
@@ -149,48 +147,25 @@ def _rest(
     BN: gl.constexpr,
     BM: gl.constexpr,
     BK: gl.constexpr,
-    RUN: gl.constexpr,
     MMA: gl.constexpr,
 ):
     """Adds what is left of K after so many turns: part of a turn, of which some warps get nothing."""
     ALONG: gl.constexpr = MMA.warps_per_cta[0]
-    WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
+    WORD: gl.constexpr = weight_layout(4, BN, BK, MMA)
     GROUP: gl.constexpr = group_layout(WORD)
-    PAIR: gl.constexpr = x_layout(2, BM, BK, RUN, MMA)
+    PAIR: gl.constexpr = x_layout(2, BM, BK, MMA)
     left = K - turns * (ALONG * BK)
-    words, scales, pairs = _first_turn(x, weight, scale, M, N, K, row, column, BN, BM, BK, RUN, MMA)
+    words = first_places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
+    scales = first_places(scale, column, N, K, ALONG, BN, BK, 32, GROUP)
+    pairs = first_places(x, row, M, K, ALONG, BM, BK, 2, PAIR)
     word = gl.load(words + turns * (ALONG * BK // 4), mask=places_in_turn(ALONG, BK, 4, WORD) < left // 4, other=0)
     code = gl.load(scales + turns * (ALONG * BK // 32), mask=places_in_turn(ALONG, BK, 32, GROUP) < left // 32, other=0)
     pair = gl.load(pairs + turns * (ALONG * BK // 2), mask=places_in_turn(ALONG, BK, 2, PAIR) < left // 2, other=0)
-    return mma_v2(_weight_operand(word, code, RUN, MMA, DTYPE), x_operand(pair, RUN, MMA, DTYPE), total)
+    return mma_v2(_weight_operand(word, code, MMA, DTYPE), x_operand(pair, MMA, DTYPE), total)
 
 
 @gluon.jit
-def _first_turn(
-    x,
-    weight,
-    scale,
-    M,
-    N,
-    K,
-    row,
-    column,
-    BN: gl.constexpr,
-    BM: gl.constexpr,
-    BK: gl.constexpr,
-    RUN: gl.constexpr,
-    MMA: gl.constexpr,
-):
-    """Where each lane finds its words of the weight, its scales and its pairs of x in the first turn."""
-    ALONG: gl.constexpr = MMA.warps_per_cta[0]
-    WORD: gl.constexpr = weight_layout(4, BN, BK, RUN, MMA)
-    words = first_places(weight, column, N, K, ALONG, BN, BK, 4, WORD)
-    scales = first_places(scale, column, N, K, ALONG, BN, BK, 32, group_layout(WORD))
-    return words, scales, first_places(x, row, M, K, ALONG, BM, BK, 2, x_layout(2, BM, BK, RUN, MMA))
-
-
-@gluon.jit
-def _weight_operand(words, codes, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr):
+def _weight_operand(words, codes, MMA: gl.constexpr, DTYPE: gl.constexpr):
     """Words ``[ALONG, BN, BK / 4]`` and codes of scales ``[ALONG, BN, BK / 32]`` decoded, as operand A."""
     ALONG: gl.constexpr = words.shape[0]
     BN: gl.constexpr = words.shape[1]
@@ -198,7 +173,4 @@ def _weight_operand(words, codes, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: g
     by_group = gl.reshape(words, [ALONG, BN, BK // 32, 8])
     scales, _ = gl.broadcast(gl.expand_dims(scale_to_float32(codes.to(gl.int32)), 3), by_group)
     scales = gl.convert_layout(gl.reshape(scales, words.shape), words.type.layout, assert_trivial=True)
-    k0, k1, k2, k3 = elements_by_float32(words, scales, DTYPE)
-    tile = gl.reshape(gl.join(gl.join(k0, k2), gl.join(k1, k3)), [ALONG, BN, BK])
-    tile = in_order_of_instruction(tile.to(DTYPE, bitcast=True), RUN)
-    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2))  # the same lanes: only names of registers change
+    return weight_operand(elements_by_float32(words, scales, DTYPE), [ALONG, BN, BK], MMA, DTYPE)

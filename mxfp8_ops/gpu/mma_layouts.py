@@ -16,16 +16,19 @@ from triton.experimental.gluon import language as gl
 from .fragments import halves
 from .places import places_along
 
+RUN = gl.constexpr(16)
+"""Consecutive elements of a row that a lane takes: 16 bytes of the weight."""
+
 
 @gluon.jit
-def in_order_of_instruction(tile, RUN: gl.constexpr):
+def _in_order_of_instruction(tile):
     """``[ALONG, rows, BK]`` with K in the order of memory, in the order of instructions. Moves nothing."""
     bits = gl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // (4 * RUN), 4, RUN // 4, 2, 2])
     return gl.reshape(gl.permute(bits, (0, 1, 2, 4, 5, 3, 6)), tile.shape)
 
 
 @gluon.jit
-def by_halves_of_turn(tile, TOGETHER: gl.constexpr):
+def _by_halves_of_turn(tile, TOGETHER: gl.constexpr):
     """``[ALONG, rows, BK]`` with the two halves of K below each other, of each TOGETHER rows: ``[ALONG, 2 * rows, BK /
     2]``. So eight rows of the weight are the 16 of operand A, and four rows of x the eight columns of operand B, if
     GROUPS are 2: where the halves are not the same, products mean nothing.
@@ -37,13 +40,26 @@ def by_halves_of_turn(tile, TOGETHER: gl.constexpr):
 
 
 @gluon.jit
-def x_operand(pairs, RUN: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, GROUPS: gl.constexpr = 1):
+def weight_operand(elements, SHAPE: gl.constexpr, MMA: gl.constexpr, DTYPE: gl.constexpr, GROUPS: gl.constexpr = 1):
+    """The four ``elements`` of each word of a tile of the weight as operand A; SHAPE is the tile's, ``[ALONG, BN,
+    BK]``.
+    """
+    k0, k1, k2, k3 = elements
+    tile = gl.reshape(gl.join(gl.join(k0, k2), gl.join(k1, k3)), SHAPE)
+    tile = _in_order_of_instruction(tile.to(DTYPE, bitcast=True))
+    if GROUPS == 2:
+        tile = _by_halves_of_turn(tile, 8)
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2))  # the same lanes: only names of registers change
+
+
+@gluon.jit
+def x_operand(pairs, MMA: gl.constexpr, DTYPE: gl.constexpr, GROUPS: gl.constexpr = 1):
     """Pairs of elements of x ``[ALONG, BM, BK / 2]`` as operand B."""
     one, other = halves(pairs)
     rows = gl.reshape(gl.join(one, other), [pairs.shape[0], pairs.shape[1], pairs.shape[2] * 2])
-    rows = in_order_of_instruction(rows.to(DTYPE, bitcast=True), RUN)
+    rows = _in_order_of_instruction(rows.to(DTYPE, bitcast=True))
     if GROUPS == 2:
-        rows = by_halves_of_turn(rows, 4)
+        rows = _by_halves_of_turn(rows, 4)
     return gl.convert_layout(gl.permute(rows, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
 
@@ -77,34 +93,34 @@ def places_in_turn(ALONG: gl.constexpr, BK: gl.constexpr, HELD: gl.constexpr, LA
 
 
 @gluon.constexpr_function
-def weight_layout(HELD, BN, BK, RUN, MMA, GROUPS=1):
+def weight_layout(HELD, BN, BK, MMA, GROUPS=1):
     """Of ``[ALONG, BN, BK / HELD]`` items of the weight that hold HELD elements of K each. A lane's registers are
-    numbered along K first: loads are wide only so. GROUPS: see ``by_halves_of_turn``.
+    numbered along K first: loads are wide only so. GROUPS: see ``_by_halves_of_turn``.
     """
     along, across, _ = MMA.warps_per_cta
     other = [0, 8, 0] if GROUPS == 1 else [0, 0, BK // 2 // HELD]
     more = [[0, step, 0] for step in _powers(16 // GROUPS * across, BN)]
-    registers = [*_along_k(HELD, BK // GROUPS, RUN), other, *more]
-    lanes = [[0, 0, RUN // HELD], [0, 0, 2 * RUN // HELD], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    registers = [*_along_k(HELD, BK // GROUPS), other, *more]
+    lanes = [[0, 0, RUN.value // HELD], [0, 0, 2 * RUN.value // HELD], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     warps = [[0, step, 0] for step in _powers(16, 16 * across)] + [[step, 0, 0] for step in _powers(1, along)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [along, BN, BK // HELD])
 
 
 @gluon.constexpr_function
-def x_layout(HELD, BM, BK, RUN, MMA, GROUPS=1):
+def x_layout(HELD, BM, BK, MMA, GROUPS=1):
     """Of ``[ALONG, BM, BK / HELD]`` items of x: warps that stand next to each other along N hold the same."""
     along, across, _ = MMA.warps_per_cta
     other = [0, 4, 0] if GROUPS == 1 else [0, 0, BK // 2 // HELD]
-    registers = _along_k(HELD, BK // GROUPS, RUN) + [[0, step, 0] for step in _powers(8 // GROUPS, BM)]
-    lanes = [[0, 0, RUN // HELD], [0, 0, 2 * RUN // HELD], [0, 1, 0], [0, 2, 0], other]
+    registers = _along_k(HELD, BK // GROUPS) + [[0, step, 0] for step in _powers(8 // GROUPS, BM)]
+    lanes = [[0, 0, RUN.value // HELD], [0, 0, 2 * RUN.value // HELD], [0, 1, 0], [0, 2, 0], other]
     warps = [[0, 0, 0] for _ in _powers(1, across)] + [[step, 0, 0] for step in _powers(1, along)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [along, BM, BK // HELD])
 
 
 @gluon.constexpr_function
-def _along_k(held, elements, run):
+def _along_k(held, elements):
     """What a lane holds of K: a run of each chunk of four."""
-    return [[0, 0, step // held] for step in _powers(held, run) + _powers(4 * run, elements)]
+    return [[0, 0, step // held] for step in _powers(held, RUN.value) + _powers(4 * RUN.value, elements)]
 
 
 @gluon.constexpr_function
@@ -121,14 +137,14 @@ def copy_layout(HELD, BK, MMA):
 
 
 @gluon.constexpr_function
-def swizzled(HELD, BK, RUN):
+def swizzled(HELD, BK):
     """Of items ``[ALONG, rows, BK / HELD]`` in shared memory. Lanes that read at the same time, of two rows or four,
     find their words in different banks.
     """
     words = BK // HELD  # a row's
-    if HELD == 2 and RUN == 16:  # 16 bytes at a time, of every other 16 bytes: the next row has the others
+    if HELD == 2:  # 16 bytes at a time, of every other 16 bytes: the next row has the others
         return gl.SwizzledSharedLayout(4, 1, 2, [2, 1, 0])
-    together = 4 * RUN // HELD  # words of a row that four lanes read
+    together = 4 * RUN.value // HELD  # words of a row that four lanes read
     return gl.SwizzledSharedLayout(together, max(1, 32 // words), words // together, [2, 1, 0])
 
 

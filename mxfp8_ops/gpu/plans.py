@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
-from . import plans_few, plans_vectors
+from . import costs_few, plans_few, plans_vectors
 from .counts import divided
-from .kinds_few import Direct, Narrow, Vectors
+from .kinds_few import Direct, Few, Narrow, Vectors
 from .plans_few import directs, fewest, narrows, single_rows
 
 
@@ -162,6 +162,10 @@ SHARE = 8
 """Blocks of K that a program's share has at least: its parts of tiles may not be too short."""
 
 
+FEW = dict[Few, costs_few.Cost]([*plans_few.COSTS.items(), *plans_vectors.COSTS.items()])
+"""What the kernels for few rows of x cost."""
+
+
 def plan(m: int, n: int, k: int, processors: int, packed: bool = True) -> Plan:
     """How to multiply ``m`` rows of x by a weight ``[n, k]`` on a chip of as many multiprocessors: the candidate that
     the model finds fastest. Up to four rows of x and a packed weight are left to ``row`` and ``direct``.
@@ -188,10 +192,8 @@ def _few(m: int, k: int, packed: bool) -> Iterator[Plan]:
 
 def microseconds(choice: Plan, m: int, n: int, k: int, processors: int, packed: bool) -> float:
     """What a choice will take, by the model."""
-    if isinstance(choice, Direct | Narrow):
-        return plans_few.microseconds(choice, n, k, processors)
-    if isinstance(choice, Vectors):
-        return plans_vectors.microseconds(choice, n, k, processors)
+    if not isinstance(choice, Skinny | Wide):
+        return costs_few.microseconds(choice, FEW[choice], n, k, processors)
     blocks = divided(k, 128)
     tiles = tiles_of(choice, m, n)
     if isinstance(choice, Wide):

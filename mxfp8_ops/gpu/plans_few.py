@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import costs_few
 from .costs_few import Cost, with_work
 from .kinds_few import Direct, Few, Narrow, Row
 
@@ -102,8 +101,3 @@ def narrows(m: int, k: int) -> Iterator[Narrow]:
     """The kinds for so many rows, 5 to 32, where K is cut into whole blocks."""
     rows = 8 if m <= 8 else 16 if m <= 16 else 32
     return (kind for kind in NARROW if kind.rows == rows and 4 < m <= rows and k % 128 == 0)
-
-
-def microseconds(kind: Few, n: int, k: int, processors: int) -> float:
-    """What a kind will take, by the model."""
-    return costs_few.microseconds(kind, COSTS[kind], n, k, processors)

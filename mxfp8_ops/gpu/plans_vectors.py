@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import functools
 
-from . import costs_few
-from .costs_few import Cost, with_work
+from .costs_few import Cost, microseconds, with_work
 from .kinds_few import Vectors
 
 FOUR: dict[Vectors, Cost] = {
@@ -59,9 +58,4 @@ def kinds(m: int, k: int) -> list[Vectors]:
 @functools.cache
 def plan(m: int, n: int, k: int, processors: int) -> Vectors:
     """What the model takes for the fastest on a chip of as many multiprocessors: x ``[m, k]``, a weight ``[n, k]``."""
-    return min(kinds(m, k), key=lambda kind: microseconds(kind, n, k, processors))
-
-
-def microseconds(kind: Vectors, n: int, k: int, processors: int) -> float:
-    """What a kind will take, by the model."""
-    return costs_few.microseconds(kind, COSTS[kind], n, k, processors)
+    return min(kinds(m, k), key=lambda kind: microseconds(kind, COSTS[kind], n, k, processors))

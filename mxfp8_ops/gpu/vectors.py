@@ -25,12 +25,11 @@ from .fragments import each_twice, halves, scale_to_float32
 from .kinds_few import Vectors
 from .launch import launch
 from .mma_layouts import (
-    by_halves_of_turn,
     first_places,
     group_layout,
-    in_order_of_instruction,
     places_in_turn,
     weight_layout,
+    weight_operand,
     x_layout,
     x_operand,
 )
@@ -39,8 +38,6 @@ from .plans_vectors import kinds, plan
 from .scaled_codes import elements_by_float32, factors_of_scales, scaled_elements
 from .tune import best
 from .warp_sums import sum_of_warps
-
-_RUN = gl.constexpr(16)  # consecutive elements that a lane takes
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, processors: int, by_float32: bool) -> Tensor:
@@ -134,10 +131,10 @@ def _first_turn(x, weight, scale, first, M, N, K, HELD: gl.constexpr, SIZES: gl.
     GROUPS: gl.constexpr = SIZES[2]
     WARPS: gl.constexpr = SIZES[3]
     BK: gl.constexpr = SIZES[4]
-    WORD: gl.constexpr = weight_layout(4, OUTPUTS, BK, _RUN, MMA, GROUPS)
+    WORD: gl.constexpr = weight_layout(4, OUTPUTS, BK, MMA, GROUPS)
     words = first_places(weight, first, N, K, WARPS, OUTPUTS, BK, 4, WORD)
     scales = first_places(scale, first, N, K, WARPS, OUTPUTS, BK, HELD, group_layout(WORD, HELD))
-    pairs = first_places(x, 0, M, K, WARPS, ROWS, BK, 2, x_layout(2, ROWS, BK, _RUN, MMA, GROUPS))
+    pairs = first_places(x, 0, M, K, WARPS, ROWS, BK, 2, x_layout(2, ROWS, BK, MMA, GROUPS))
     return words, scales, pairs
 
 
@@ -174,7 +171,7 @@ def _turn(
         codes = gl.load(scales)
         pair = gl.load(pairs)
     weight = _weight_operand(word, codes, HELD, SIZES, MMA, DTYPE, BY_FLOAT32)
-    return mma_v2(weight, x_operand(pair, _RUN, MMA, DTYPE, GROUPS), total)
+    return mma_v2(weight, x_operand(pair, MMA, DTYPE, GROUPS), total)
 
 
 @gluon.jit
@@ -196,7 +193,7 @@ def _weight_operand(
     words = gl.reshape(word, [WARPS, OUTPUTS, BK // 128, 2, 2, 8])
     if BY_FLOAT32:
         scales = scale_to_float32(_codes_of_groups(codes, words, HELD))
-        k0, k1, k2, k3 = elements_by_float32(words, _of_groups(scales, words), DTYPE)
+        elements = elements_by_float32(words, _of_groups(scales, words), DTYPE)
     else:
         if HELD == 128:
             one, other = factors_of_scales(_codes_of_chunks(codes, words), DTYPE)
@@ -205,13 +202,8 @@ def _weight_operand(
             one, other = factors_of_scales(_codes_of_groups(codes, words, HELD) * 0x00010001, DTYPE)
             one, other = _of_groups(one, words), _of_groups(other, words)
         low, high = halves(words)
-        k0, k1 = halves(scaled_elements(low, one, other, DTYPE))
-        k2, k3 = halves(scaled_elements(high, one, other, DTYPE))
-    tile = gl.reshape(gl.join(gl.join(k0, k2), gl.join(k1, k3)), [WARPS, OUTPUTS, BK])
-    tile = in_order_of_instruction(tile.to(DTYPE, bitcast=True), _RUN)
-    if GROUPS == 2:
-        tile = by_halves_of_turn(tile, 8)
-    return gl.convert_layout(tile, gl.DotOperandLayout(0, MMA, 2))  # the same lanes: only names of registers change
+        elements = halves(scaled_elements(low, one, other, DTYPE)) + halves(scaled_elements(high, one, other, DTYPE))
+    return weight_operand(elements, [WARPS, OUTPUTS, BK], MMA, DTYPE, GROUPS)
 
 
 @gluon.jit

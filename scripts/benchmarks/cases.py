@@ -5,6 +5,7 @@ Kernels compile for seconds, and anew for each dtype and for a bias. So bfloat16
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -40,10 +41,8 @@ def cases() -> Iterator[Case]:
     for problem in _problems():
         yield Case(str(problem), partial(_linear, problem, _operator))
     if dispatch.reads_packed(torch.device("cuda", torch.cuda.current_device())):
-        for problem, plan in _planned():
+        for problem, plan in itertools.chain(_planned(), _vectors()):
             yield Case(f"{problem}, {plan}", partial(_linear, problem, _with(plan)))
-        for problem, kind in _vectors():
-            yield Case(f"{problem}, {kind}", partial(_linear, problem, _with_kind(kind)))
 
 
 # --- elementwise ---------------------------------------------------------------------------------------------
@@ -165,18 +164,12 @@ def _operator(problem: Problem, x: Tensor, weight: Weight, bias: Tensor | None) 
 def _with(plan: plans.Plan) -> Linear:
     def linear(problem: Problem, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
+        if isinstance(plan, Vectors):  # also where scales are no words
+            vectors.run(plan, x, weight[0], weight[1], bias, out)
+            return out
         words = weight[0] if problem.packed else hopper.Canonical(*(each.view(torch.int32) for each in weight))
         with mock.patch.object(partial_sums, "memory", partial(_unsaid, partial_sums.memory)):
             hopper._run(plan, x, words, bias, out)
-        return out
-
-    return linear
-
-
-def _with_kind(kind: Vectors) -> Linear:
-    def linear(problem: Problem, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        out = torch.empty(problem.m, problem.n, dtype=x.dtype, device=x.device)
-        vectors.run(kind, x, weight[0], weight[1], bias, out)
         return out
 
     return linear
