@@ -19,7 +19,7 @@ from compiling import launches
 from planning import CHIP, EDGES, FORM, K, N, check_each_block_once, columns, split_of, tiles_of
 
 from mxfp8_ops import packing
-from mxfp8_ops.gpu import heights, partial_sums, tiles
+from mxfp8_ops.gpu import heights, partial_sums, skinny, tiles
 from mxfp8_ops.gpu.kinds_few import Direct
 from mxfp8_ops.gpu.plans import Skinny, Wide, candidates, plan
 
@@ -40,7 +40,6 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(tiles, "_divided_by_few", tiles._divided_by_few.fn)
     monkeypatch.setattr(tiles, "GROUP", tiles.GROUP.value)
     monkeypatch.setattr(tiles, "part_begins", partial_sums.part_begins.fn)
-    monkeypatch.setattr(partial_sums, "STORING", STORING)
     return number
 
 
@@ -62,9 +61,10 @@ def test_programs_compute_every_block_of_every_tile_once(program: SimpleNamespac
         launch = launches(chosen, m, n, k)[0]
         (programs,), arguments = launch.grid, launch.named
         blocks, parts = math.ceil(k / 128), arguments["parts"]
+        storing = skinny.blocks_while_storing.fn(True, chosen.rows, chosen.stages)
         done = []
         for program.value in range(programs):
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts)
+            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts, storing)
             assert steps >= 1
             assert program.value == tile * parts + part
             done.append((tile, first, steps))
@@ -83,12 +83,12 @@ def test_programs_that_share_a_tile_have_memory_for_the_sums_of_each(processors:
 
 def test_parts_have_a_block_at_least_where_there_are_as_many(program: SimpleNamespace) -> None:
     """And the last one, which waits for the others, as many more as they take to store their sums."""
-    for blocks, parts in itertools.product(range(1, 300), range(1, 9)):
-        if parts + STORING > blocks and parts > 1:
+    for blocks, parts, storing in itertools.product(range(1, 300), range(1, 9), (STORING, STORING + 1)):
+        if parts + storing > blocks and parts > 1:
             continue
         done, counts = [], []
         for program.value in range(2 * parts, 3 * parts):
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts)
+            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts, storing)
             assert (tile, part) == (2, program.value - 2 * parts)
             counts.append(steps)
             done += range(first, first + steps)
@@ -96,7 +96,7 @@ def test_parts_have_a_block_at_least_where_there_are_as_many(program: SimpleName
         assert min(counts) >= 1
         if parts > 1:
             assert max(counts[:-1]) - min(counts[:-1]) <= 1
-            assert STORING <= counts[-1] - max(counts[:-1]) <= STORING + 1
+            assert storing <= counts[-1] - max(counts[:-1]) <= storing + 1
 
 
 @CHIP

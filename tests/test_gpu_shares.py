@@ -33,7 +33,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "gl", gluon)
     for name, value in {"LEAST": LEAST, "FIRST": FIRST, "WHOLE": WHOLE, "LAST": LAST}.items():
         monkeypatch.setattr(shares, name, value)
-    monkeypatch.setattr(partial_sums, "STORING", STORING)
+    monkeypatch.setattr(shares, "STORING", STORING)
     monkeypatch.setattr(shares, "part_begins", partial_sums.part_begins.fn)
     monkeypatch.setattr(shares, "share_begins", shares.share_begins.fn)
     monkeypatch.setattr(shares, "pieces_of", shares.pieces_of.fn)

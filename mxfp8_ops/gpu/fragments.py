@@ -134,21 +134,10 @@ def _scale_operand(scales, HALF: gl.constexpr, word, WORD: gl.constexpr, DTYPE: 
 def two_scales(scales, FIRST: gl.constexpr, SECOND: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
     """Two of the four scales in a word, in the form that ``scaled`` takes."""
     if EXACT:
-        return one_scale(scales, FIRST, DTYPE, True), one_scale(scales, SECOND, DTYPE, True)
+        first, second = (scales >> (8 * FIRST)) & 0xFF, (scales >> (8 * SECOND)) & 0xFF
+        return scale_to_float32(first), scale_to_float32(second)
     else:
         return fast_scales(two_bytes(scales, FIRST, SECOND, 2 if gl.bfloat16 == DTYPE else 3), DTYPE)
-
-
-@gluon.jit
-def one_scale(scales, GROUP: gl.constexpr, DTYPE: gl.constexpr, EXACT: gl.constexpr):
-    """One of the four scales in a word, in the same form, but made by itself."""
-    if EXACT:
-        return scale_to_float32((scales >> (8 * GROUP)) & 0xFF)
-    elif gl.bfloat16 == DTYPE:
-        scales += 0x78787878  # 120 to each of the four: none is above 134
-        return ((scales >> (8 * GROUP)) & 0xFF) * 0x00800080
-    else:
-        return float16_in_both_halves((((scales >> (8 * GROUP)) & 0xFF) + 8) << 23)
 
 
 @gluon.jit

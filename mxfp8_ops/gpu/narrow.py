@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .fragments import halves, needs_exact, one_scale, scaled, separate
+from .fragments import halves, needs_exact, scaled, separate, two_scales
 from .heights import moved_up, rows_of_result
 from .places import places_along
 from .tiles import LOADER_REGISTERS, advance, wait_for_kernel_before
@@ -182,13 +182,16 @@ def _weight(
     FOR_FLOAT16: gl.constexpr,
     EXACT: gl.constexpr,
 ):
-    """Operand A ``[WARPS, 32, 128]``. Blocks that are not there begin the rows below: zeros in their place."""
+    """Operand A ``[WARPS, 32, 128]``. Blocks that are not there begin the rows below, where x is zero: finite elements
+    do no harm, and others are decoded exactly, with zeros in their place.
+    """
     WARPS: gl.constexpr = elements.shape[0]
     WORD: gl.constexpr = _any_words(WARPS, MMA).type.layout
     PLACES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [6, 5, 4, 3, 2, 1, 0])
     word = reinterpret(elements, gl.int32, [WARPS, 2, 2, 2, 8, 4, 4], PLACES).load(WORD)
-    word = gl.where(places_along(WARPS, 0, 7, WORD) < left, word, 0)
-    codes_one, codes_other = _scales(scales, left, MMA)
+    if EXACT:
+        word = gl.where(places_along(WARPS, 0, 7, WORD) < left, word, 0)
+    codes_one, codes_other = _scales(scales, left, MMA, EXACT)
     one, other = separate(word, 1, DTYPE, FOR_FLOAT16, EXACT)
     one = scaled(one, _scale(codes_one, word, DTYPE, EXACT), DTYPE, EXACT)
     other = scaled(other, _scale(codes_other, word, DTYPE, EXACT), DTYPE, EXACT)
@@ -200,22 +203,23 @@ def _weight(
 
 
 @gluon.jit
-def _scales(stage, left, MMA: gl.constexpr):
+def _scales(stage, left, MMA: gl.constexpr, EXACT: gl.constexpr):
     """Words of the scales of rows r and r + 8, ``[warp, r4, r210]`` each."""
     WARPS: gl.constexpr = stage.shape[0]
     rows = gl.permute(_any_rows(WARPS, MMA), (1, 2, 0, 3, 4, 7, 5, 6))  # k6, k5, warp, r4, r210, r3, k21, k43
     BOTH: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(6, gl.SliceLayout(7, rows.type.layout))))
     codes = reinterpret(stage, gl.int32, [WARPS, 2, 8, 2], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])).load(BOTH)
-    return gl.split(gl.where(places_along(WARPS, 0, 4, BOTH) < left, codes, 0))
+    if EXACT:
+        codes = gl.where(places_along(WARPS, 0, 4, BOTH) < left, codes, 0)
+    return gl.split(codes)
 
 
 @gluon.jit
 def _scale(codes, word, DTYPE: gl.constexpr, EXACT: gl.constexpr):
     """What the elements of each word are multiplied by, from words of the four codes of a row."""
     GROUP: gl.constexpr = gl.SliceLayout(5, gl.SliceLayout(6, word.type.layout))
-    # Two scales in a word, as other kernels have them, take 8 % longer here for up to 8 rows.
-    zero, one = one_scale(codes, 0, DTYPE, EXACT), one_scale(codes, 1, DTYPE, EXACT)
-    two, three = one_scale(codes, 2, DTYPE, EXACT), one_scale(codes, 3, DTYPE, EXACT)
+    zero, one = two_scales(codes, 0, 1, DTYPE, EXACT)
+    two, three = two_scales(codes, 2, 3, DTYPE, EXACT)
     groups = gl.join(gl.join(zero, two), gl.join(one, three))
     groups = gl.permute(groups, (0, 3, 4, 1, 2))  # warp, k6, k5, r4, r210
     groups = gl.convert_layout(groups, GROUP, assert_trivial=True)

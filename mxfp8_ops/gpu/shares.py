@@ -14,7 +14,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .partial_sums import part_begins
+from .partial_sums import STORING, part_begins
 
 FIRST = gl.constexpr(-1)
 WHOLE = gl.constexpr(0)
@@ -33,7 +33,7 @@ def share_begins(program, programs, shared, blocks):
     begin = program * (shared * blocks) // programs
     parts = programs // shared
     if (parts > 1) & (parts * shared == programs):
-        begin = program // parts * blocks + part_begins(program % parts, parts, blocks)
+        begin = program // parts * blocks + part_begins(program % parts, parts, blocks, STORING)
     within = begin % blocks
     if within < LEAST:
         begin -= within

@@ -27,7 +27,7 @@ from .heights import (
     wait_for_all_but,
     zeros,
 )
-from .partial_sums import add_stored, as_before, in_order_of_registers, say_stored, store_sums
+from .partial_sums import STORING, add_stored, as_before, in_order_of_registers, say_stored, store_sums
 from .tiles import (
     LOADER_REGISTERS,
     advance,
@@ -68,7 +68,7 @@ def mxfp8_linear_skinny(
     gl.static_assert(STAGES % S == 0)  # a stage is always the same consumers': they count how often it was filled
     gl.static_assert(STAGES >= S * R)  # each of them gets the memory of one in the end
     blocks = (K + 127) // 128
-    tile, part, first, steps = part_of_tile(blocks, parts)
+    tile, part, first, steps = part_of_tile(blocks, parts, blocks_while_storing(PACKED, BM, STAGES))
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
     x_stages = stages_of_rows(x, STAGES, 2, BM)
     if PACKED:
@@ -131,6 +131,14 @@ def mxfp8_linear_skinny(
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, LOADER_REGISTERS],
         )
+
+
+@gluon.constexpr_function
+def blocks_while_storing(packed, rows, stages):
+    """By how many blocks the last of a tile's parts is longer. Blocks of a packed weight take the least time for up to
+    64 rows of x where a program, by its stages, has a multiprocessor for itself.
+    """
+    return STORING.value + (1 if packed and rows <= 64 and stages >= 6 else 0)
 
 
 @gluon.jit
