@@ -25,17 +25,17 @@ and no launch leaves it behind.
 """
 
 STORING = gl.constexpr(2)
-"""Blocks of K that take as long as to store sums and to find that they are there, or nearly so."""
+"""Blocks of K that take as long as to store sums and to find that they are there, in most kernels."""
 
 _ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b64 $0, [$1];")
 
 
 @gluon.jit
-def part_begins(part, parts, blocks, storing):
+def part_begins(part, parts, blocks, STORING: gl.constexpr):
     """The block of K with which one of equal parts of a tile begins. The last part is longer by what the others take to
-    store their sums, ``storing`` blocks: who has it waits for them.
+    store their sums, STORING blocks: who has it waits for them.
     """
-    return part * (blocks - storing) // parts
+    return part * (blocks - STORING) // parts
 
 
 def memory(slots: int, size: int, device: torch.device) -> Tensor:
