@@ -56,15 +56,18 @@ SIZES = [
 
 
 @CHIP
-def test_programs_compute_every_block_of_every_tile_once(program: SimpleNamespace, processors: int) -> None:
+@FORM
+def test_programs_compute_every_block_of_every_tile_once(
+    program: SimpleNamespace, processors: int, packed: bool
+) -> None:
     for chosen, m, n, k in _different(processors, Skinny):
         launch = launches(chosen, m, n, k)[0]
         (programs,), arguments = launch.grid, launch.named
         blocks, parts = math.ceil(k / 128), arguments["parts"]
-        storing = skinny.blocks_while_storing.fn(True, chosen.rows, chosen.stages)
+        longer = skinny.last_part_longer.fn(packed, chosen.rows, chosen.stages)
         done = []
         for program.value in range(programs):
-            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts, storing)
+            tile, part, first, steps = tiles.part_of_tile.fn(blocks, parts, longer)
             assert steps >= 1
             assert program.value == tile * parts + part
             done.append((tile, first, steps))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.errors import TritonError
 
-from . import elementwise, gemv, replay
+from . import elementwise, gemv, plans_vectors, replay
 
 
 def dequant(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return out.view(*x.shape[:-1], -1)
 
 
-_VECTORS_ROWS = 16
 _HOPPER_ROWS = 9  # from here on, Hopper has other kernels to choose from
 _MMA_ROWS = 64
 _MOST_ROWS = 6144  # beyond, it hardly matters how long it takes to dequantize a canonical weight once
@@ -73,7 +72,7 @@ def _in_gluon(
     if hopper is not None:
         return hopper.linear, ()
     processors = _processors(device)
-    if rows <= _VECTORS_ROWS:
+    if rows <= plans_vectors.MAX_ROWS:
         kernels = _gluon_kernels("vector" if rows == 1 else "vectors")
         further = (processors,) if rows == 1 else (processors, _capability(device) < (9, 0))
         return (None, ()) if kernels is None else (kernels.linear, further)

@@ -15,8 +15,6 @@ from triton.experimental.gluon import language as gl
 from .launch import launch
 from .mma_kernel import mxfp8_linear_mma
 
-MAX_ROWS = 64
-
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ADDED_TOGETHER = 1024  # results of which a program adds up the parts
 

@@ -31,11 +31,11 @@ _ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b64 $0, [$1];")
 
 
 @gluon.jit
-def part_begins(part, parts, blocks, STORING: gl.constexpr):
-    """The block of K with which one of equal parts of a tile begins. The last part is longer by what the others take to
-    store their sums, STORING blocks: who has it waits for them.
+def part_begins(part, parts, blocks, LONGER: gl.constexpr):
+    """The block of K with which one of equal parts of a tile begins. The last part is LONGER by as many blocks as the
+    others take to store their sums: who has it waits for them.
     """
-    return part * (blocks - STORING) // parts
+    return part * (blocks - LONGER) // parts
 
 
 def memory(slots: int, size: int, device: torch.device) -> Tensor:

@@ -186,7 +186,7 @@ def _few(m: int, k: int, packed: bool) -> Iterator[Plan]:
         if m <= 8:
             yield from directs(m, k)
         yield from narrows(m, k)
-    elif m <= 16:
+    elif m <= plans_vectors.MAX_ROWS:
         yield from plans_vectors.kinds(m, k)
 
 

@@ -18,6 +18,9 @@ import functools
 from .costs_few import Cost, microseconds, with_work
 from .kinds_few import Vectors
 
+MAX_ROWS = 16
+"""Of x."""
+
 FOUR: dict[Vectors, Cost] = {
     Vectors(4, 8, 16, 2): Cost(2.3644, 0.3689, 0.5164, 0.0379),
     Vectors(4, 16, 16, 1): Cost(1.8659, 0.641, 1.0506, 0.0684),
@@ -51,7 +54,7 @@ COSTS = {**FOUR, **EIGHT, **SIXTEEN}
 
 
 def kinds(m: int, k: int) -> list[Vectors]:
-    """Those for so many rows, up to sixteen, and so much of K."""
+    """Those for so many rows, up to MAX_ROWS, and so much of K."""
     return with_work(FOUR if m <= 4 else EIGHT if m <= 8 else SIXTEEN, k)
 
 

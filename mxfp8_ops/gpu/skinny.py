@@ -68,7 +68,7 @@ def mxfp8_linear_skinny(
     gl.static_assert(STAGES % S == 0)  # a stage is always the same consumers': they count how often it was filled
     gl.static_assert(STAGES >= S * R)  # each of them gets the memory of one in the end
     blocks = (K + 127) // 128
-    tile, part, first, steps = part_of_tile(blocks, parts, blocks_while_storing(PACKED, BM, STAGES))
+    tile, part, first, steps = part_of_tile(blocks, parts, last_part_longer(PACKED, BM, STAGES))
     row, column = place_of_tile(tile, M, N, BM, 64 * R)
     x_stages = stages_of_rows(x, STAGES, 2, BM)
     if PACKED:
@@ -134,7 +134,7 @@ def mxfp8_linear_skinny(
 
 
 @gluon.constexpr_function
-def blocks_while_storing(packed, rows, stages):
+def last_part_longer(packed, rows, stages):
     """By how many blocks the last of a tile's parts is longer. Blocks of a packed weight take the least time for up to
     64 rows of x where a program, by its stages, has a multiprocessor for itself.
     """

@@ -36,7 +36,7 @@ def wait_for_kernel_before():
 
 
 @gluon.jit
-def part_of_tile(blocks, parts, STORING: gl.constexpr):
+def part_of_tile(blocks, parts, LONGER: gl.constexpr):
     """This program's tile, which of its parts (see ``part_begins``), that part's first block of K, and how many it has.
 
     Divisions are left out where they can be, here and below: nothing is loaded before they are done.
@@ -48,8 +48,8 @@ def part_of_tile(blocks, parts, STORING: gl.constexpr):
     if parts > 1:
         part = tile % parts
         tile = tile // parts
-        first = part_begins(part, parts, blocks, STORING)
-        count = gl.where(part == parts - 1, blocks, part_begins(part + 1, parts, blocks, STORING)) - first
+        first = part_begins(part, parts, blocks, LONGER)
+        count = gl.where(part == parts - 1, blocks, part_begins(part + 1, parts, blocks, LONGER)) - first
     return tile, part, first, count
 
 

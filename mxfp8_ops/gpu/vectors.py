@@ -243,7 +243,7 @@ def _of_both_chunks(factors, words):
 def _of_groups(factors, words):
     """The same from a factor for each group of 32 elements."""
     GROUP: gl.constexpr = gl.SliceLayout(5, words.type.layout)
-    factors = gl.convert_layout(gl.reshape(factors, words.shape[:5]), GROUP, assert_trivial=True)
+    factors = gl.convert_layout(factors, GROUP, assert_trivial=True)
     factors, _ = gl.broadcast(gl.expand_dims(factors, 5), words)
     return factors
 
